@@ -1,0 +1,358 @@
+"""Flags, defaults and forbidden combinations that the stages share."""
+
+import argparse
+import difflib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from medicalgpt.errors import ConfigError
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+logger = logging.getLogger("medicalgpt")
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse a flag's value."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_positive(arguments: Any, *names: str) -> None:
+    """Refuse values below 1 (None is no value)."""
+    for name in names:
+        value = getattr(arguments, name)
+        require(value is None or value >= 1, f"--{name} {value} is not allowed; expected 1 or more")
+
+
+@dataclass
+class ModelArguments:
+    """What is trained."""
+
+    model_name_or_path: str = field(metadata={"help": "model directory, or a model's name on the hub"})
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "tokenizer; default: the model's"}
+    )
+    torch_dtype: str = field(
+        default="bfloat16",
+        metadata={
+            "help": "type of the frozen base: bfloat16, float16, float32; full fine-tuning keeps float32"
+        },
+    )
+    flash_attn: bool = field(
+        default=False,
+        metadata={"help": "insist on the flash attention kernel (it is used anyway where it can be)"},
+    )
+    rope_scaling: str | None = field(
+        default=None,
+        metadata={
+            "help": "linear or yarn: stretch the positions when texts are longer than the model's context"
+        },
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where downloads are kept"})
+
+    def __post_init__(self):
+        require(
+            self.torch_dtype in DTYPES,
+            f"--torch_dtype {self.torch_dtype} is not allowed; expected {', '.join(DTYPES)}",
+        )
+        require(
+            self.rope_scaling in (None, "linear", "yarn"),
+            f"--rope_scaling {self.rope_scaling} is not allowed; expected linear or yarn (dynamic scaling "
+            "would make a text's loss depend on the longest text of its batch)",
+        )
+        require(
+            not self.flash_attn or torch.cuda.is_available(),
+            "--flash_attn True needs an NVIDIA GPU and there is none; leave it out, the result is the same",
+        )
+
+
+@dataclass
+class AdapterArguments:
+    """How it is trained: LoRA, QLoRA or full fine-tuning."""
+
+    use_peft: bool = field(default=True, metadata={"help": "LoRA; False: full fine-tuning"})
+    peft_path: str | None = field(default=None, metadata={"help": "adapter directory to train on from"})
+    lora_rank: int = field(default=8, metadata={"help": "rank of the adapters"})
+    lora_alpha: float = field(default=16.0, metadata={"help": "adapters are scaled by alpha / rank"})
+    lora_dropout: float = field(
+        default=0.05, metadata={"help": "dropout on the adapters' input, 0 to below 1"}
+    )
+    target_modules: str = field(
+        default="all",
+        metadata={
+            "help": "layers that get adapters: all (every linear layer but the head), or names with commas"
+        },
+    )
+    modules_to_save: str | None = field(
+        default=None,
+        metadata={
+            "help": "layers trained in full beside the adapters, names with commas, e.g. embed_tokens,lm_head"
+        },
+    )
+    qlora: bool = field(default=False, metadata={"help": "adapters on a 4-bit (nf4) base"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "nf4 base; needs LoRA"})
+    load_in_8bit: bool = field(default=False, metadata={"help": "8-bit base; needs LoRA"})
+
+    def __post_init__(self):
+        require_positive(self, "lora_rank")
+        require(self.lora_alpha > 0, f"--lora_alpha {self.lora_alpha} is not allowed; expected more than 0")
+        require(
+            0 <= self.lora_dropout < 1,
+            f"--lora_dropout {self.lora_dropout} is not allowed; expected 0 to below 1",
+        )
+        require(
+            not (self.load_in_4bit and self.load_in_8bit),
+            "--load_in_4bit and --load_in_8bit exclude each other",
+        )
+        require(
+            not (self.qlora and self.load_in_8bit), "--qlora means a 4-bit base; leave out --load_in_8bit"
+        )
+        quantized = self.qlora or self.load_in_4bit or self.load_in_8bit
+        require(
+            self.use_peft or not quantized,
+            "a quantised base cannot be fine-tuned in full; use --use_peft True",
+        )
+        require(
+            self.use_peft or not (self.peft_path or self.modules_to_save),
+            "--peft_path and --modules_to_save belong to LoRA; use --use_peft True or leave them out",
+        )
+
+    @property
+    def quantization_bits(self) -> int | None:
+        """4, 8 or None."""
+        return 4 if self.qlora or self.load_in_4bit else 8 if self.load_in_8bit else None
+
+
+@dataclass
+class DataArguments:
+    """What it learns from."""
+
+    train_file_dir: str | None = field(
+        default=None, metadata={"help": "directory (or file) of training data"}
+    )
+    validation_file_dir: str | None = field(
+        default=None,
+        metadata={"help": "directory of validation data; none, or the training directory: rows are held out"},
+    )
+    validation_split_percentage: float = field(
+        default=5.0, metadata={"help": "percent of rows held out by a hash of their prompt"}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "a data set's name on the hub"})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "configuration of that data set"})
+    max_train_samples: int = field(default=-1, metadata={"help": "use the first N training rows; -1: all"})
+    max_eval_samples: int = field(default=-1, metadata={"help": "use the first N validation rows; -1: all"})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "threads that tokenise; default: every core"}
+    )
+
+    def __post_init__(self):
+        require(
+            (self.train_file_dir is None) != (self.dataset_name is None),
+            "give the training data as --train_file_dir DIR or as --dataset_name NAME, exactly one of them",
+        )
+        require_positive(self, "preprocessing_num_workers")
+        for name in ("max_train_samples", "max_eval_samples"):
+            value = getattr(self, name)
+            require(
+                value == -1 or value >= 1, f"--{name} {value} is not allowed; expected -1 (all) or 1 and more"
+            )
+        require(
+            0 < self.validation_split_percentage < 100,
+            f"--validation_split_percentage "
+            f"{self.validation_split_percentage} is not allowed; expected more than 0 and less than 100",
+        )
+        if self.preprocessing_num_workers:
+            os.environ["RAYON_NUM_THREADS"] = str(self.preprocessing_num_workers)
+
+
+@dataclass
+class ChatArguments:
+    """How conversations become tokens."""
+
+    template_name: str | None = field(
+        default=None,
+        metadata={"help": "chat format (see template.py); default: the model's own, where it is one of them"},
+    )
+    force_template: bool = field(
+        default=False,
+        metadata={"help": "use --template_name even if the model's own chat template says otherwise"},
+    )
+    model_max_length: int = field(default=2048, metadata={"help": "limit of a conversation, in tokens"})
+    max_source_length: int | None = field(
+        default=None,
+        metadata={"help": "cap of the prompt before the last answer, in tokens, inside --model_max_length"},
+    )
+    max_target_length: int | None = field(
+        default=None, metadata={"help": "cap of an answer, in tokens, inside --model_max_length"}
+    )
+
+    def __post_init__(self):
+        require_positive(self, "max_source_length", "max_target_length")
+        require(
+            self.model_max_length >= 8,
+            f"--model_max_length {self.model_max_length} is not allowed; expected 8 or more",
+        )
+
+
+@dataclass
+class StageArguments(TrainingArguments):
+    """transformers' TrainingArguments with what this toolkit adds to them."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "replace the run that --output_dir holds"}
+    )
+    gradient_checkpointing: str = field(
+        default="auto",
+        metadata={
+            "help": "activation checkpointing, slower and far smaller: True, False, auto (when needed)"
+        },
+    )
+
+    def __post_init__(self):
+        mode = str(self.gradient_checkpointing).lower()
+        require(
+            mode in ("auto", "true", "false"),
+            f"--gradient_checkpointing {self.gradient_checkpointing} is not allowed; use auto, True or False",
+        )
+        require_positive(
+            self, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
+        )
+        require(
+            self.learning_rate >= 0,
+            f"--learning_rate {self.learning_rate} is not allowed; expected 0 or more",
+        )
+        require(
+            self.max_steps == -1 or self.max_steps >= 1,
+            f"--max_steps {self.max_steps} is not allowed; expected -1 (whole epochs) or 1 and more",
+        )
+        require(
+            self.num_train_epochs > 0,
+            f"--num_train_epochs {self.num_train_epochs} is not allowed; expected more than 0",
+        )
+        require(not (self.fp16 and self.bf16), "--fp16 and --bf16 exclude each other")
+        self.choose_device()
+        self.gradient_checkpointing = self.activation_checkpointing = None
+        super().__post_init__()
+        self.gradient_checkpointing = mode
+
+    def choose_device(self) -> None:
+        """Fit precision to the hardware: refuse what cannot work, say what is done otherwise."""
+        if not torch.cuda.is_available() or self.use_cpu:
+            self.use_cpu = True
+            require(not self.fp16, "--fp16 needs a GPU and there is none; use --bf16 True or neither")
+            if self.bf16 and not cpu_has_fast_bfloat16():
+                logger.info("bf16=False: this CPU has no fast bfloat16 instructions, computing in float32")
+                self.bf16 = False
+        elif self.bf16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise ConfigError(
+                f"--bf16: {torch.cuda.get_device_name()} has no bfloat16; use --torch_dtype float16 "
+                "--fp16 True --bf16 False"
+            )
+
+
+def cpu_has_fast_bfloat16() -> bool:
+    """True when the CPU multiplies bfloat16 matrices in hardware."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+COMMON_DEFAULTS = {
+    "do_train": True,
+    "do_eval": True,
+    "learning_rate": 2e-4,
+    "warmup_steps": 0.05,
+    "weight_decay": 0.01,
+    "logging_steps": 10,
+    "logging_first_step": True,
+    "save_steps": 50,
+    "save_total_limit": 3,
+    "eval_strategy": "steps",
+    "eval_steps": 50,
+    "bf16": True,
+    "report_to": "tensorboard",
+    "optim": "adamw_torch",
+    "remove_unused_columns": False,
+    "ddp_find_unused_parameters": False,
+    "logging_nan_inf_filter": False,
+}
+
+RENAMED_FLAGS = {
+    "--warmup_ratio": "--warmup_steps",  # a float below 1 is a share of the steps
+    "--evaluation_strategy": "--eval_strategy",
+    "--no_cuda": "--use_cpu",
+    "--activation_checkpointing": "--gradient_checkpointing",
+    "--per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+}
+GONE_FLAGS = {
+    "--logging_dir": "leave it out, TensorBoard's files are always in logs/ of --output_dir",
+    "--group_by_length": "leave it out, rows need no padding (or: --train_sampling_strategy group_by_length)",
+    "--save_safetensors": "leave it out, weights are always saved as safetensors",
+    "--preprocessing_only": "leave it out, data is checked before a model is loaded anyway",
+}
+
+
+class FlagParser(HfArgumentParser):
+    """argparse that refuses in one line and knows no abbreviations."""
+
+    def error(self, message: str) -> None:
+        """Raise instead of printing a page of usage."""
+        raise ConfigError(f"{message}; --help lists the flags")
+
+
+def translate_flags(argv: Sequence[str]) -> list[str]:
+    """Give flags that the libraries removed their new names, and refuse those without one.
+
+    Raises:
+        ConfigError: the flag is gone; says what takes its place.
+    """
+    translated = []
+    for arg in argv:
+        name, equals, value = arg.partition("=")
+        if name in GONE_FLAGS:
+            raise ConfigError(f"{name} no longer exists: {GONE_FLAGS[name]}")
+        translated.append(RENAMED_FLAGS.get(name, name) + equals + value)
+    return translated
+
+
+def parse_arguments(
+    argv: Sequence[str], types: Sequence[type], description: str, defaults: dict[str, Any]
+) -> tuple:
+    """Return one instance per argument dataclass.
+
+    Args:
+        types: dataclasses; a stage has StageArguments among them, and with it COMMON_DEFAULTS.
+        defaults: the script's own defaults.
+
+    Raises:
+        ConfigError: an unknown flag (the nearest name is given), a wrong value, a forbidden combination.
+    """
+    parser = FlagParser(
+        types,
+        allow_abbrev=False,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(**(COMMON_DEFAULTS if StageArguments in types else {}) | defaults)
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            args=translate_flags(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise ConfigError(str(error).splitlines()[0]) from None
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        name = next((arg for arg in unknown if arg.startswith("-")), unknown[0]).partition("=")[0]
+        near = difflib.get_close_matches(name, flags, n=1)
+        raise ConfigError(
+            f"unknown argument {name!r}"
+            + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
+        )
+    return tuple(parsed)

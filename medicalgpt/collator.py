@@ -1,0 +1,181 @@
+"""Examples → one flat row: how documents share it, which positions predict which tokens.
+
+A batch is a dict
+    input_ids, position_ids  (1, T)   documents one after the other, positions restart
+    layout                   Layout   who sees whom
+    source_index             (N,)     positions whose hidden state predicts a trained token
+    target_ids               (N,)     those tokens
+    sequence_index           (N,)     which answer each belongs to
+    num_sequences            int      documents (language modelling) or answers (pairs: chosen, rejected,
+    chosen, …) num_tokens               int      T without padding
+
+For models that cannot confine attention (`padded=True`) the same documents become padded rows (B, T) with an
+`attention_mask` and no layout; indices then count in the flattened (B·T).
+"""
+
+from collections.abc import Sequence
+
+from medicalgpt.attention import Layout, Span
+from medicalgpt.tokenization import IGNORE_INDEX
+
+import numpy as np
+import torch
+
+Example = dict
+
+
+class FlatCollator:
+    """Collates language-modelling examples {input_ids, labels, lengths}."""
+
+    def __init__(self, *, padded: bool = False):
+        self.padded = padded
+
+    def __call__(self, examples: Sequence[Example]) -> dict:
+        """Return the batch of the module's docstring."""
+        documents, sequence = [], 0
+        for example in examples:
+            start = 0
+            for length in example["lengths"]:
+                part = slice(start, start + length)
+                documents.append((example["input_ids"][part], example["labels"][part], sequence))
+                start, sequence = start + length, sequence + 1
+        return self.pad(documents, sequence) if self.padded else self.flatten(documents, sequence)
+
+    @staticmethod
+    def flatten(documents: list[tuple[np.ndarray, np.ndarray, int]], num_sequences: int) -> dict:
+        """Lay documents (ids, labels, sequence) one after the other."""
+        spans, sources, targets, sequences, offset = [], [], [], [], 0
+        for ids, labels, sequence in documents:
+            predicted = trained_positions(labels)
+            sources.append(predicted - 1 + offset)
+            targets.append(labels[predicted])
+            sequences.append(np.full(len(predicted), sequence))
+            spans.append(Span(offset, offset + len(ids)))
+            offset += len(ids)
+        return flat_batch(
+            [ids for ids, _, _ in documents],
+            [np.arange(len(ids)) for ids, _, _ in documents],
+            spans,
+            (sources, targets, sequences),
+            num_sequences,
+        )
+
+    @staticmethod
+    def pad(documents: list[tuple[np.ndarray, np.ndarray, int]], num_sequences: int) -> dict:
+        """Lay documents into padded rows of one document."""
+        width = max(len(ids) for ids, _, _ in documents)
+        input_ids = np.zeros((len(documents), width), dtype=np.int64)
+        mask = np.zeros_like(input_ids)
+        sources, targets, sequences = [], [], []
+        for row, (ids, labels, sequence) in enumerate(documents):
+            input_ids[row, : len(ids)], mask[row, : len(ids)] = ids, 1
+            predicted = trained_positions(labels)
+            sources.append(predicted - 1 + row * width)
+            targets.append(labels[predicted])
+            sequences.append(np.full(len(predicted), sequence))
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(mask),
+            **index_tensors(sources, targets, sequences),
+            "num_sequences": num_sequences,
+            "num_tokens": int(mask.sum()),
+        }
+
+
+class PairCollator:
+    """Collates preference pairs {prompt_ids, chosen_ids, chosen_labels, rejected_ids, rejected_labels}.
+
+    A pair is prompt, chosen, rejected in one row: the prompt stands once, both answers see it and not each
+    other.
+    """
+
+    def __init__(self, *, padded: bool = False):
+        self.padded = padded
+
+    def __call__(self, examples: Sequence[Example]) -> dict:
+        """Return the module docstring's batch; sequence 2i is pair i's chosen answer, 2i + 1 its rejected."""
+        return self.pad(examples) if self.padded else self.flatten(examples)
+
+    @staticmethod
+    def flatten(examples: Sequence[Example]) -> dict:
+        """Share each prompt between its two answers."""
+        rows, positions, spans, sources, targets, sequences, offset = [], [], [], [], [], [], 0
+        for pair, example in enumerate(examples):
+            prompt = example["prompt_ids"]
+            begin = offset
+            for side, name in enumerate(("chosen", "rejected")):
+                ids, labels = example[f"{name}_ids"], example[f"{name}_labels"]
+                if side == 0:
+                    rows.append(prompt)
+                    positions.append(np.arange(len(prompt)))
+                    offset += len(prompt)
+                start = offset
+                predicted = np.flatnonzero(labels != IGNORE_INDEX)
+                source = start + predicted - 1
+                source[predicted == 0] = (
+                    begin + len(prompt) - 1
+                )  # the prompt's last token predicts an answer's first
+                sources.append(source)
+                targets.append(labels[predicted])
+                sequences.append(np.full(len(predicted), 2 * pair + side))
+                rows.append(ids)
+                positions.append(len(prompt) + np.arange(len(ids)))
+                offset += len(ids)
+                spans.append(
+                    Span(begin, offset) if side == 0 else Span(start, offset, begin, begin + len(prompt))
+                )
+        return flat_batch(rows, positions, spans, (sources, targets, sequences), 2 * len(examples))
+
+    @staticmethod
+    def pad(examples: Sequence[Example]) -> dict:
+        """Repeat the prompt before each answer, in padded rows."""
+        documents = []
+        for example in examples:
+            ignored = np.full(len(example["prompt_ids"]), IGNORE_INDEX)
+            for name in ("chosen", "rejected"):
+                documents.append(
+                    (
+                        np.concatenate([example["prompt_ids"], example[f"{name}_ids"]]),
+                        np.concatenate([ignored, example[f"{name}_labels"]]),
+                        len(documents),
+                    )
+                )
+        return FlatCollator.pad(documents, len(documents))
+
+
+def trained_positions(labels: np.ndarray) -> np.ndarray:
+    """Return the positions of a document that are trained and have a predecessor in it, (n,)."""
+    return 1 + np.flatnonzero(labels[1:] != IGNORE_INDEX)
+
+
+def flat_batch(
+    rows: list[np.ndarray],
+    positions: list[np.ndarray],
+    spans: list[Span],
+    indices: tuple[list, list, list],
+    num_sequences: int,
+) -> dict:
+    """Return the batch of a flat row."""
+    input_ids = torch.from_numpy(np.concatenate(rows).astype(np.int64))[None]
+    return {
+        "input_ids": input_ids,
+        "position_ids": torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
+        "layout": Layout(tuple(spans)),
+        **index_tensors(*indices),
+        "num_sequences": num_sequences,
+        "num_tokens": input_ids.shape[1],
+    }
+
+
+def index_tensors(sources: list, targets: list, sequences: list) -> dict:
+    """Return source_index, target_ids and sequence_index, (N,) int64 each."""
+    names = ("source_index", "target_ids", "sequence_index")
+    return {
+        name: torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        for name, parts in zip(names, (sources, targets, sequences), strict=True)
+    }
+
+
+def example_length(example: Example) -> int:
+    """Return how many tokens an example puts into a row."""
+    return sum(len(value) for name, value in example.items() if name.endswith("_ids"))

@@ -1,0 +1,164 @@
+"""What the demo's stages have learned: a table on held-out rows, and the same questions before and after.
+
+python -m medicalgpt.demo_report --models base=DIR PT=DIR SFT=DIR DPO=DIR --report demo/report.json
+"""
+
+import argparse
+import json
+import math
+import textwrap
+from pathlib import Path
+
+from medicalgpt.arguments import cpu_has_fast_bfloat16
+from medicalgpt.attention import FLAT_ATTENTION
+from medicalgpt.chat_template import resolve_template
+from medicalgpt.checkpoint import fingerprint, write_json
+from medicalgpt.collator import FlatCollator, PairCollator
+from medicalgpt.documents import encode_texts, pack_documents
+from medicalgpt.engine import FlatLM
+from medicalgpt.errors import run_script
+from medicalgpt.generation import Generator
+from medicalgpt.model_files import load_tokenizer, resolve_model_dir
+from medicalgpt.modeling import load_model
+from medicalgpt.records import Message, RowLog, parse_chat, parse_pair, parse_text, read_records
+from medicalgpt.run_record import recorded_template
+from medicalgpt.tokenization import ChatEncoder, ChatFormat
+
+import torch
+from tqdm import tqdm
+
+MAX_LENGTH = 1024  # tokens
+BATCH = 4
+QUESTIONS = {
+    "en": (
+        "My three-year-old has had a fever since this morning. What should I do?",
+        "Can I stop my blood pressure tablets now that the readings are normal?",
+        "My father's face droops on one side and his speech is slurred. What is this?",
+    ),
+    "zh": (
+        "三岁的孩子从早上开始发烧,我该怎么办?",
+        "血压已经正常了,可以停药吗?",
+        "父亲突然口角歪斜、说话含糊,这是怎么回事?",
+    ),
+}
+COLUMNS = {
+    "text_perplexity": "text perplexity",
+    "answer_perplexity": "answer perplexity",
+    "pair_accuracy": "better answer preferred",
+    "pair_margin": "margin, nats per token",
+}
+
+
+@torch.no_grad()
+def mean_logps(model: FlatLM, collator: FlatCollator | PairCollator, examples: list[dict]) -> torch.Tensor:
+    """Return per sequence the mean log-probability of its tokens and how many they are, (S, 2)."""
+    rows = []
+    for begin in range(0, len(examples), BATCH):
+        batch = collator(examples[begin : begin + BATCH])
+        batch = {k: v.to(model.lm.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        logps, index = model(**batch), batch["sequence_index"]
+        counts = index.bincount(minlength=batch["num_sequences"])
+        sums = torch.zeros(batch["num_sequences"], device=logps.device).index_add(0, index, logps)
+        rows.append(torch.stack([sums / counts.clamp(min=1), counts], dim=1).cpu())
+    return torch.cat(rows)
+
+
+def perplexity(rows: torch.Tensor) -> float:
+    """Return exp of the mean negative log-likelihood over all tokens of rows (S, 2) of (mean, tokens)."""
+    return math.exp(-(rows[:, 0] * rows[:, 1]).sum().item() / rows[:, 1].sum().item())
+
+
+def measure(directory: Path, language: str, held_out: Path) -> dict[str, float]:
+    """Return a model's figures on the held-out rows."""
+    tokenizer = load_tokenizer(directory)
+    dtype = torch.bfloat16 if torch.cuda.is_available() or cpu_has_fast_bfloat16() else torch.float32
+    lm = load_model(directory, dtype, attention=FLAT_ATTENTION)
+    model = FlatLM(lm.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)).eval()
+    template = resolve_template(tokenizer, None, recorded=recorded_template(directory))
+    encoder = ChatEncoder(tokenizer, ChatFormat.of(template, tokenizer), max_length=MAX_LENGTH)
+    files = {
+        part: [held_out / part / f"heldout_{language}.jsonl"] for part in ("pretrain", "finetune", "reward")
+    }
+    texts = encode_texts(read_records(files["pretrain"], parse_text, RowLog()), tokenizer)
+    chats = encoder.encode_chats(read_records(files["finetune"], parse_chat, RowLog()), RowLog())
+    pairs = encoder.encode_pairs(read_records(files["reward"], parse_pair, RowLog()), RowLog())
+    sides = mean_logps(model, PairCollator(), pairs)[:, 0].view(-1, 2)
+    return {
+        "text_perplexity": perplexity(mean_logps(model, FlatCollator(), pack_documents(texts, MAX_LENGTH))),
+        "answer_perplexity": perplexity(mean_logps(model, FlatCollator(), chats)),
+        "pair_accuracy": (sides[:, 0] > sides[:, 1]).float().mean().item(),
+        "pair_margin": (sides[:, 0] - sides[:, 1]).mean().item(),
+    }
+
+
+def answers(directory: Path, questions: tuple[str, ...]) -> list[str]:
+    """Return a model's greedy answers."""
+    tokenizer = load_tokenizer(directory)
+    chat_format = ChatFormat.of(
+        resolve_template(tokenizer, None, recorded=recorded_template(directory)), tokenizer
+    )
+    model = load_model(directory, torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    settings = {"do_sample": False, "repetition_penalty": 1.15, "max_new_tokens": 120}
+    generator = Generator(
+        model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, chat_format, settings
+    )
+    encoder = ChatEncoder(tokenizer, chat_format, max_length=MAX_LENGTH)
+    prompts = [encoder.encode_prompt([Message("user", question)])[0] for question in questions]
+    return [answer.text for answer in generator.answer([ids for ids in prompts if ids])]
+
+
+def table(figures: dict[str, dict[str, float]]) -> str:
+    """Return the figures as lines of text, a model a line."""
+    lines = ["model  " + "  ".join(f"{title:>24}" for title in COLUMNS.values())]
+    for name, row in figures.items():
+        cells = [
+            f"{row[key] * 100:>22.1f} %" if key == "pair_accuracy" else f"{row[key]:>24.3f}"
+            for key in COLUMNS
+        ]
+        lines.append(f"{name:<7}" + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def side_by_side(question: str, before: str, after: str, width: int = 58) -> str:
+    """Return a question and two answers in two columns."""
+    columns = [[line for part in text.splitlines() for line in textwrap.wrap(part, width) or [""]]
+               for text in (before, after)]  # fmt: skip
+    height = max(map(len, columns))
+    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
+    return f"\nQ: {question}\n{'base':<{width}} │ final\n" + "\n".join(f"{a:<{width}} │ {b}" for a, b in rows)
+
+
+def main(argv: list[str]) -> None:
+    """Measure what is new, print everything."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=DIR")
+    parser.add_argument("--language", choices=QUESTIONS, default="en")
+    parser.add_argument("--held_out", type=Path, default=Path("data/heldout"))
+    parser.add_argument("--report", type=Path, required=True)
+    args = parser.parse_args(argv)
+    models = {
+        name: resolve_model_dir(path, "--models") for name, _, path in (m.partition("=") for m in args.models)
+    }
+    known = json.loads(args.report.read_text(encoding="utf-8")) if args.report.is_file() else {}
+    keys = {name: f"{fingerprint(path)} {args.language}" for name, path in models.items()}
+    for name, path in tqdm(models.items(), desc="measuring", unit="model"):
+        if keys[name] not in known:
+            known[keys[name]] = measure(path, args.language, args.held_out)
+    questions, ends = QUESTIONS[args.language], (next(iter(models)), list(models)[-1])
+    for name in ends:
+        if "answers" not in known[keys[name]]:
+            known[keys[name]]["answers"] = answers(models[name], questions)
+    write_json(args.report, known)
+    show(args.held_out, {name: known[key] for name, key in keys.items()}, questions)
+
+
+def show(held_out: Path, figures: dict[str, dict], questions: tuple[str, ...]) -> None:
+    """Print the table and the answers."""
+    lines = [f"\nHeld-out rows ({held_out}), none of whose diseases occurs in training:\n", table(figures)]
+    before, after = (list(figures.values())[i]["answers"] for i in (0, -1))
+    lines += [side_by_side(*row) for row in zip(questions, before, after, strict=True)]
+    print("\n".join(lines))  # noqa: T201  (the tool's product)
+
+
+if __name__ == "__main__":
+    run_script(main)

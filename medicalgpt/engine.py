@@ -1,0 +1,170 @@
+"""The model as a stage trains it: a flat batch in, the log-probability of every trained token out.
+
+The vocabulary projection is computed for trained positions only, in chunks, so that logits of shape (T, V)
+never exist.
+"""
+
+from collections.abc import Callable
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+CHUNK_BYTES = 64 * 2**20  # of fp32 logits that exist at one time
+
+
+class LinearLogps(torch.autograd.Function):
+    """log softmax(h Wᵀ)[target] per row, chunk by chunk, for a projection W that is not trained.
+
+    d logp_t / d h_t = W[target_t] − softmax(h_t Wᵀ) W is all that backward needs, (N, H); it is computed in
+    forward while a chunk's logits exist, so no logits are kept and none are computed twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int
+    ) -> torch.Tensor:
+        """Hidden (N, H), weight (V, H), targets (N,) → (N,) fp32, in nats."""
+        hidden = hidden.to(weight.dtype)
+        logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for part in torch.arange(len(targets)).split(chunk):
+            rows = slice(int(part[0]), int(part[-1]) + 1)
+            log_softmax = (hidden[rows] @ weight.t()).float().log_softmax(-1)  # (n, V)
+            target = targets[rows, None]
+            logps[rows] = log_softmax.gather(1, target)[:, 0]
+            if gradient is not None:
+                minus_p = log_softmax.exp_().neg_()
+                minus_p.scatter_add_(1, target, torch.ones_like(target, dtype=minus_p.dtype))
+                gradient[rows] = minus_p.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return logps
+
+    @staticmethod
+    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        """Scale each row's gradient; upstream (N,)."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[:, None].to(gradient.dtype), None, None, None
+
+
+def projected_logps(
+    project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """Log softmax(project(h))[target] of one chunk, (n,) fp32."""
+    return project(hidden).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+
+class FlatLM(nn.Module):
+    """A causal language model, with or without adapters, that maps a flat batch to token log-probabilities.
+
+    Args:
+        lm: the model.
+        neftune_alpha: noise on the embeddings of training batches, scaled per document (NEFTune,
+            arXiv:2310.05914).
+    """
+
+    accepts_loss_kwargs = True  # Trainer: the loss is already normalised over the accumulated batch
+
+    def __init__(self, lm: PreTrainedModel | PeftModel, *, neftune_alpha: float | None = None):
+        super().__init__()
+        self.lm = lm
+        self.neftune_alpha = neftune_alpha
+
+    @property
+    def config(self):
+        """The language model's configuration."""
+        return self.lm.config
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the model is a frozen base under adapters, which can be switched off."""
+        return isinstance(self.lm, PeftModel)
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The language model itself; adapters live inside its layers."""
+        return self.lm.get_base_model() if self.has_adapters else self.lm
+
+    def train(self, mode: bool = True) -> "FlatLM":
+        """Switch training mode; 4-bit layers stay in it.
+
+        bitsandbytes 0.50 repacks a 4-bit layer's weights in evaluation mode on CPUs with AVX512-BF16, after
+        which the backward pass and a merge read garbage. These layers do the same in both modes otherwise.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.training = True
+        return self
+
+    def forward(
+        self, input_ids: torch.Tensor, source_index: torch.Tensor, target_ids: torch.Tensor, **batch
+    ) -> torch.Tensor:
+        """Return log p(target | what precedes it) of every trained token, (N,) fp32, in nats.
+
+        Args:
+            input_ids: (B, T). source_index, target_ids: (N,); see `collator`.
+            batch: position_ids and layout, or attention_mask; what else a batch carries is not the model's
+                business.
+        """
+        inputs = {name: batch[name] for name in ("position_ids", "layout", "attention_mask") if name in batch}
+        if self.neftune_alpha and self.training:
+            inputs["inputs_embeds"] = self.noisy_embeddings(input_ids, batch)
+        else:
+            inputs["input_ids"] = input_ids
+        hidden = self.causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, T, H)
+        return self.labelled_logps(hidden.flatten(0, 1)[source_index], target_ids)
+
+    def noisy_embeddings(self, input_ids: torch.Tensor, batch: dict) -> torch.Tensor:
+        """Return embeddings with uniform noise of magnitude α / √(L·H), L a document's tokens, (B, T, H)."""
+        embeddings = self.causal_lm.get_input_embeddings()(input_ids)
+        if "layout" in batch:
+            lengths = torch.cat([torch.full((s.end - s.start,), s.num_keys) for s in batch["layout"].spans])[
+                None
+            ]
+        else:
+            lengths = batch["attention_mask"].sum(-1, keepdim=True).expand_as(input_ids)
+        magnitude = self.neftune_alpha / (lengths.to(embeddings) * embeddings.shape[-1]).sqrt()
+        return embeddings + torch.empty_like(embeddings).uniform_(-1, 1) * magnitude[..., None]
+
+    def labelled_logps(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Project hidden states (N, H) to the vocabulary and return the targets' log-probabilities, (N,)."""
+        head = self.causal_lm.get_output_embeddings()
+        chunk = max(1, CHUNK_BYTES // (4 * self.config.get_text_config().vocab_size))
+        if plain_projection(head) and not has_logit_transform(self.config):
+            return LinearLogps.apply(hidden, head.weight, targets, chunk)
+        parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        return torch.cat(
+            [checkpoint(projected_logps, self.project, h, t, use_reentrant=False) for h, t in parts]
+        )
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states → logits as the model computes them: head, scale, soft cap. (n, H) → (n, V)."""
+        config = self.config.get_text_config().to_dict()
+        logits = self.causal_lm.get_output_embeddings()(hidden)
+        if config.get("logit_scale"):  # Cohere
+            logits = logits * config["logit_scale"]
+        if config.get("logits_scaling"):  # Granite
+            logits = logits / config["logits_scaling"]
+        if config.get("final_logit_softcapping"):  # Gemma 2
+            logits = (
+                torch.tanh(logits / config["final_logit_softcapping"]) * config["final_logit_softcapping"]
+            )
+        return logits
+
+
+def plain_projection(head: nn.Module) -> bool:
+    """True for a frozen matrix without bias and without adapters."""
+    adapted = isinstance(head, BaseTunerLayer | ModulesToSaveWrapper)
+    return not adapted and isinstance(head, nn.Linear) and head.bias is None and not head.weight.requires_grad
+
+
+def has_logit_transform(config) -> bool:
+    """True when the model does something to its logits."""
+    text = config.get_text_config().to_dict()
+    return any(text.get(name) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"))

@@ -1,0 +1,127 @@
+"""The few kinds of refusal, their exit codes, and how a script ends.
+
+0 done · 1 fault in the run · 2 flag or path · 3 data · 4 model, adapter or checkpoint
+75 stopped by a signal after a whole checkpoint, resumable · 130 second Ctrl-C
+"""
+
+import logging
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+logger = logging.getLogger("medicalgpt")
+
+
+class MedicalGPTError(Exception):
+    """A refusal to act on: one line with what is wrong, the value seen, what is allowed, the mend."""
+
+    exit_code = 1
+
+
+class RunError(MedicalGPTError):
+    """A fault in the run: full disk, non-finite loss, lost rank."""
+
+    exit_code = 1
+
+
+class ConfigError(MedicalGPTError):
+    """A wrong flag or path. A hub that cannot be reached is a path."""
+
+    exit_code = 2
+
+
+class DataError(MedicalGPTError):
+    """A wrong data file or row: `file:line: field: what; mend`."""
+
+    exit_code = 3
+
+
+class ModelError(MedicalGPTError):
+    """A wrong model, adapter or checkpoint."""
+
+    exit_code = 4
+
+
+class StoppedError(MedicalGPTError):
+    """Stopped by a signal after a whole checkpoint; the same command continues."""
+
+    exit_code = 75
+
+
+def is_main_rank() -> bool:
+    """True on the process that speaks for the run: rank 0, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def start_logging() -> None:
+    """Log to stderr: rank 0 from INFO, the other ranks errors only."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr, force=True)
+    warnings.simplefilter("ignore", FutureWarning)  # of the libraries about each other
+    logger.setLevel(logging.INFO if is_main_rank() else logging.ERROR)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first non-empty line of an error's text, with its type when it is not ours."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return text if isinstance(error, MedicalGPTError) else f"{type(error).__name__}: {text}"
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Run `main(argv)` and exit with the code of `errors`: one line on stderr per refusal.
+
+    `--debug` anywhere on the command line also prints the traceback. Under torchrun a refusal that every
+    rank meets is printed by rank 0; a fault of one rank names it. When MEDICALGPT_EXIT_FILE is set (by the
+    launcher), the exit code is written there, because torchrun turns every worker's code into 1.
+    """
+    argv = [arg for arg in sys.argv[1:] if arg != "--debug"]
+    debug = len(argv) < len(sys.argv) - 1
+    start_logging()
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(StoppedError.exit_code)
+    )  # before the first step: at once
+    code = 0
+    try:
+        main(argv)
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        code = StoppedError.exit_code
+        report(RunError("interrupted before the first step; nothing to save"), debug)
+    except BrokenPipeError:
+        sys.stdout = None
+    except Exception as error:
+        code = error.exit_code if isinstance(error, MedicalGPTError) else 1
+        report(error, debug)
+    record_exit_code(code)
+    sys.stderr.flush()
+    # Not sys.exit: a rank that was refused must not wait in the destructors of process groups and loader
+    # threads.
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    os._exit(code)
+
+
+def report(error: BaseException, debug: bool) -> None:
+    """Print `error: …` as one line, from the rank that has something to say."""
+    everyone_meets_it = isinstance(error, ConfigError | DataError | ModelError | StoppedError)
+    if everyone_meets_it and not is_main_rank():
+        return
+    rank = "" if everyone_meets_it or "RANK" not in os.environ else f"rank {os.environ['RANK']}: "
+    if debug:
+        traceback.print_exception(error)
+    hint = "" if isinstance(error, MedicalGPTError) or debug else " (--debug shows where)"
+    word = "stopped" if isinstance(error, StoppedError) else "error"
+    sys.stderr.write(f"{word}: {rank}{first_line(error)}{hint}\n")
+
+
+def record_exit_code(code: int) -> None:
+    """Tell the launcher this process's exit code; the first non-zero one of a run counts."""
+    path = os.environ.get("MEDICALGPT_EXIT_FILE")
+    if path and code and not os.path.getsize(path):
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(str(code))

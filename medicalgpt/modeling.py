@@ -1,0 +1,264 @@
+"""Loading: directory, tokenizer, base model, quantisation, adapters, activation checkpointing."""
+
+import logging
+import math
+from pathlib import Path
+
+from medicalgpt.arguments import DTYPES, AdapterArguments, ModelArguments
+from medicalgpt.attention import FLAT_ATTENTION
+from medicalgpt.errors import ConfigError, ModelError, first_line
+from medicalgpt.model_files import adapter_settings, check_safetensors, weights_are_readable
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+logger = logging.getLogger("medicalgpt")
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+# ---- the base ----------------------------------------------------------------------------------------------
+
+
+def load_model(
+    directory: Path,
+    dtype: torch.dtype | str,
+    *,
+    auto_class: type = AutoModelForCausalLM,
+    attention: str | None = None,
+    config: PretrainedConfig | None = None,
+    quantization: BitsAndBytesConfig | None = None,
+    trust_remote_code: bool = False,
+    may_miss: tuple[str, ...] = (),
+) -> PreTrainedModel:
+    """Return the model, every tensor of it from the files.
+
+    Args:
+        dtype: of the weights; "auto": as they are stored.
+        attention: name of the attention function; None: the library's choice.
+        may_miss: beginnings of tensors that come later from an adapter, such as a score head.
+
+    Raises:
+        ModelError: weights are missing, broken or of the wrong shape.
+    """
+    weights_are_readable(directory)
+    options = {"attn_implementation": attention} if attention else {}
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": {"": device_of_rank()}}
+    try:
+        model, info = auto_class.from_pretrained(
+            directory,
+            dtype=dtype,
+            config=config,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{directory}: the model does not load: {first_line(error)[:300]}") from None
+    for name in ("missing_keys", "mismatched_keys"):
+        wrong = sorted(
+            key for key in map(str, info.get(name) or ()) if not key.startswith(may_miss or ("\0",))
+        )
+        if wrong:
+            raise ModelError(
+                f"{directory}: {name.replace('_keys', '')} tensors: {wrong[0]} and {len(wrong) - 1} more; "
+                "the files do not hold the whole model"
+            )
+    return model
+
+
+def device_of_rank() -> int | str:
+    """Return where this rank's model goes."""
+    return torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+
+
+def quantization_config(bits: int | None, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """Return the configuration of a 4-bit (nf4 quantised twice, QLoRA, arXiv:2305.14314) or 8-bit base."""
+    if bits == 4:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+        )
+    return BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else None
+
+
+def scaled_rope(config: PretrainedConfig, kind: str, max_length: int) -> PretrainedConfig:
+    """Stretch the rotary positions so that `max_length` tokens fit; a long enough context stays as it is.
+
+    Raises:
+        ModelError: the model has no rotary positions.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None)
+    if not rope or "rope_theta" not in rope:
+        raise ModelError(f"--rope_scaling {kind}: {config.model_type} has no single set of rotary positions")
+    factor = math.ceil(max_length / text.max_position_embeddings)
+    if factor > 1:
+        text.rope_parameters = {
+            **rope,
+            "rope_type": kind,
+            "factor": float(factor),
+            "original_max_position_embeddings": text.max_position_embeddings,
+        }
+    return config
+
+
+def choose_dtype(
+    model_args: ModelArguments, adapter_args: AdapterArguments, *, bf16: bool, use_cpu: bool
+) -> torch.dtype:
+    """Return the type that the weights are kept in.
+
+    Full fine-tuning keeps float32 (bfloat16 weights lose small updates); a base under adapters is frozen and
+    may be short, where the hardware computes with it.
+    """
+    if not adapter_args.use_peft:
+        return torch.float32
+    dtype = DTYPES[model_args.torch_dtype]
+    if use_cpu and dtype == torch.float16:
+        raise ConfigError("--torch_dtype float16 needs a GPU and there is none; use bfloat16 or float32")
+    return torch.float32 if use_cpu and dtype == torch.bfloat16 and not bf16 else dtype
+
+
+def load_base(
+    directory: Path,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    model_args: ModelArguments,
+    bits: int | None,
+) -> PreTrainedModel:
+    """Return the base of a stage, with attention confined to documents where it can be."""
+    quantization = quantization_config(bits, torch.float32 if dtype == torch.float32 else dtype)
+    try:
+        return load_model(
+            directory,
+            dtype,
+            attention=FLAT_ATTENTION,
+            config=config,
+            quantization=quantization,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+    except ModelError as error:
+        if "attention" not in str(error).lower():
+            raise
+    return load_model(
+        directory,
+        dtype,
+        config=config,
+        quantization=quantization,
+        trust_remote_code=model_args.trust_remote_code,
+    )
+
+
+# ---- adapters ----------------------------------------------------------------------------------------------
+
+
+def names(value: str | None) -> list[str] | None:
+    """Split a flag of names with commas."""
+    return [name.strip() for name in value.split(",") if name.strip()] if value else None
+
+
+def add_adapters(model: PreTrainedModel, args: AdapterArguments) -> PeftModel:
+    """Put LoRA (arXiv:2106.09685) on the base, or load `peft_path`; whatever is trained is float32.
+
+    Raises:
+        ConfigError: --target_modules names layers that the model does not have.
+        ModelError: the adapter of --peft_path does not fit.
+    """
+    model.requires_grad_(False)
+    if args.peft_path:
+        adapted = load_adapter(model, args.peft_path, is_trainable=True)
+    else:
+        modules_to_save = names(args.modules_to_save)
+        tied = bool(model.config.get_text_config().tie_word_embeddings)
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules="all-linear" if args.target_modules == "all" else names(args.target_modules),
+            modules_to_save=modules_to_save,
+            ensure_weight_tying=bool(modules_to_save) and tied,
+        )
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            linear = sorted(
+                {
+                    name.rpartition(".")[2]
+                    for name, module in model.named_modules()
+                    if isinstance(module, torch.nn.Linear)
+                }
+            )
+            raise ConfigError(
+                f"--target_modules {args.target_modules} --modules_to_save {args.modules_to_save}: "
+                f"{first_line(error)[:150]}; this model's linear layers are {', '.join(linear)}"
+            ) from None
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def load_adapter(model: PreTrainedModel, path: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """Load an adapter onto a base.
+
+    Raises:
+        ModelError: no adapter there, or one of other shapes.
+    """
+    directory = Path(path)
+    adapter_settings(directory)
+    file = directory / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ModelError(f"{file} is missing; pickled adapters (.bin) are not read")
+    check_safetensors(file)
+    weights = load_file(file)
+    broken = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
+    if broken:
+        raise ModelError(
+            f"{file}: {broken} holds NaN or infinity; that training failed, use an earlier checkpoint"
+        )
+    try:
+        adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
+        needed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        missing = sorted(set(needed) - set(weights))
+        if missing:
+            raise ModelError(
+                f"{file} is incomplete: {missing[0]} and {len(missing) - 1} more tensors are missing"
+            )
+        return adapted
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise ModelError(f"{path} does not fit this base: {text[:200]}") from None
+
+
+def load_weights(model: PreTrainedModel | PeftModel, directory: Path) -> None:
+    """Put a checkpoint's weights into the model that wrote them: the adapter's, or all in full fine-tuning.
+
+    Raises:
+        ModelError: a weight is missing or unknown.
+    """
+    if isinstance(model, PeftModel):
+        result = set_peft_model_state_dict(model, load_file(directory / "adapter_model.safetensors"))
+        wrong = result.unexpected_keys or [key for key in result.missing_keys if "lora_" in key]
+    else:
+        weights = {}
+        for file in sorted(directory.glob("*.safetensors")):
+            weights |= load_file(file)
+        result = model.load_state_dict(weights, strict=False)
+        model.tie_weights()
+        tied = set(model.all_tied_weights_keys)
+        wrong = result.unexpected_keys or [key for key in result.missing_keys if key not in tied]
+    if wrong:
+        raise ModelError(f"{directory} does not fit the model: {wrong[0]} and {len(wrong) - 1} more weights")

@@ -1,0 +1,308 @@
+"""The steps that every stage takes in the same way: open the run, build the model, report, train, publish."""
+
+import itertools
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from medicalgpt.arguments import AdapterArguments, ModelArguments, StageArguments
+from medicalgpt.checkpoint import PARTIAL, fingerprint, lock, newest_whole, publish, why_not_whole, write_json
+from medicalgpt.collator import example_length
+from medicalgpt.dataset import Data
+from medicalgpt.engine import FlatLM
+from medicalgpt.errors import ConfigError, DataError, ModelError, StoppedError, is_main_rank
+from medicalgpt.model_files import load_config
+from medicalgpt.modeling import add_adapters, choose_dtype, load_base, scaled_rope
+from medicalgpt.probe import bytes_saved_for_backward, confines_documents, free_memory
+from medicalgpt.run_record import RunRecord, read_run
+from medicalgpt.tokenization import IGNORE_INDEX
+from medicalgpt.trainer import StageTrainer
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("medicalgpt")
+
+
+# ---- the run -----------------------------------------------------------------------------------------------
+
+
+def open_run(
+    stage: str, arguments: tuple, args: StageArguments, base_dir: Path, data: Data, template: str | None
+) -> RunRecord | None:
+    """Return the record of a new or interrupted run, or None when the same run is already complete.
+
+    Raises:
+        ConfigError: the output directory holds another run, is in use, or holds something else.
+    """
+    output_dir = Path(args.output_dir)
+    record = RunRecord.begin(
+        stage,
+        arguments,
+        base={"path": str(base_dir), "fingerprint": fingerprint(base_dir)},
+        data=data.files,
+        template=template,
+        world_size=args.world_size,
+        parent=read_run(base_dir),
+    )
+    if not args.do_train:
+        if read_run(output_dir) is not None:
+            raise ConfigError(
+                f"--output_dir {output_dir} holds a run; give an evaluation (--do_train False) its own"
+            )
+        return record
+    if is_main_rank():
+        record.lock = lock(output_dir)  # held until the process ends
+        if args.overwrite_output_dir:
+            record.clear()
+    wait_for_ranks()
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "logs" / time.strftime("%Y%m%d-%H%M%S"))
+    if record.compare():
+        logger.info(
+            "already complete: %s (nothing was changed; --overwrite_output_dir True trains anew)", output_dir
+        )
+        return None
+    return record
+
+
+def wait_for_ranks() -> None:
+    """Wait until every rank is here."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def choose_checkpoint(args: StageArguments) -> str | None:
+    """Return the checkpoint to continue from: the newest whole one, or the one that the flag names.
+
+    Raises:
+        ConfigError: --resume_from_checkpoint False, and there are checkpoints. ModelError: it is not whole.
+    """
+    asked = args.resume_from_checkpoint
+    if asked and str(asked).lower() not in ("true", "false"):
+        why = why_not_whole(Path(asked))
+        if why:
+            raise ModelError(f"--resume_from_checkpoint {asked} is not whole: {why}")
+        return asked
+    found, skipped = newest_whole(Path(args.output_dir))
+    if found and str(asked).lower() == "false":
+        raise ConfigError(
+            f"--resume_from_checkpoint False, but {args.output_dir} holds {found.name}; start anew with "
+            "--overwrite_output_dir True"
+        )
+    for line in skipped:
+        logger.info("skipped %s", line)
+    if found:
+        logger.info("continuing from %s", found)
+    elif str(asked).lower() == "true":
+        raise ModelError(f"--resume_from_checkpoint True, but {args.output_dir} holds no checkpoint")
+    return str(found) if found else None
+
+
+# ---- the model ---------------------------------------------------------------------------------------------
+
+
+def build_model(
+    model_args: ModelArguments,
+    adapter_args: AdapterArguments,
+    args: StageArguments,
+    base_dir: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    neftune_alpha: float | None = None,
+) -> tuple[FlatLM, bool]:
+    """Return (model, whether its batches must be padded).
+
+    Raises:
+        ModelError: the base does not load, or has fewer embeddings than the tokenizer has tokens.
+    """
+    config = load_config(base_dir, trust_remote_code=model_args.trust_remote_code)
+    if model_args.rope_scaling:
+        config = scaled_rope(config, model_args.rope_scaling, max_length)
+    dtype = choose_dtype(model_args, adapter_args, bf16=args.bf16, use_cpu=args.use_cpu)
+    lm = load_base(base_dir, config, dtype, model_args, adapter_args.quantization_bits)
+    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
+        raise ModelError(
+            f"{base_dir}: the tokenizer has {len(tokenizer)} tokens, the model "
+            f"{lm.get_input_embeddings().num_embeddings} embeddings; use the tokenizer of this model"
+        )
+    if adapter_args.use_peft:
+        lm = add_adapters(lm, adapter_args)
+    model = FlatLM(lm, neftune_alpha=neftune_alpha).to(args.device)
+    vocab_size = lm.get_input_embeddings().num_embeddings
+    padded = not confines_documents(model, vocab_size)
+    if padded:
+        model.causal_lm.set_attn_implementation("sdpa" if model.causal_lm._supports_sdpa else "eager")
+        logger.info(
+            "padded=True: documents of one row would see each other in this model, so rows hold one document"
+        )
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    logger.info(
+        "model=%s dtype=%s device=%s trainable_parameters=%d (%.2f %% of %d)",
+        base_dir,
+        str(dtype).removeprefix("torch."),
+        args.device,
+        trainable,
+        100 * trainable / total,
+        total,
+    )
+    return model, padded
+
+
+def choose_activation_checkpointing(model: FlatLM, args: StageArguments, examples: list[dict]) -> None:
+    """Switch activation checkpointing on: as asked, or (auto) when a step needs over 60 % of memory."""
+    longest = sorted(map(example_length, examples), reverse=True)[: args.per_device_train_batch_size]
+    mode = args.gradient_checkpointing
+    if mode == "auto":
+        needed = sum(longest) * bytes_saved_for_backward(
+            model, model.causal_lm.get_input_embeddings().num_embeddings
+        )
+        free = free_memory(args.world_size)
+        mode = "true" if needed > 0.6 * free else "false"
+        logger.info(
+            "activation_checkpointing=%s: the largest step of %d tokens keeps %.2f GB, %.2f GB are free",
+            mode,
+            sum(longest),
+            needed / 1e9,
+            free / 1e9,
+        )
+    if mode == "true":
+        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+# ---- what is said before the first step --------------------------------------------------------------------
+
+
+def report_data(data: Data, train: list[dict], validation: list[dict], args: StageArguments) -> None:
+    """Log what was read, kept, cut and dropped, and the size of an epoch.
+
+    Raises:
+        DataError: nothing is left to train on, or no token of it is trained.
+    """
+    for line in data.log.lines():
+        logger.info("rows %s", line)
+    num_trained = sum(map(num_trained_tokens, train))
+    if not train or not num_trained:
+        reasons = "; ".join(data.log.lines()) or "no row has an answer"
+        raise DataError(
+            f"nothing to train on: {len(data.train)} rows were read and no token of them would be trained "
+            f"({reasons}); raise the length limits or mend the data"
+        )
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    logger.info(
+        "rows_read=%d rows_used=%d train_examples=%d validation_examples=%d effective_batch=%d "
+        "tokens_per_epoch=%d trained_tokens_per_epoch=%d",
+        data.num_read,
+        len(data.train),
+        len(train),
+        len(validation),
+        batch,
+        sum(map(example_length, train)),
+        num_trained,
+    )
+
+
+def num_trained_tokens(example: dict) -> int:
+    """Return how many tokens of an example are trained."""
+    return sum(
+        int((value != IGNORE_INDEX).sum()) for name, value in example.items() if name.endswith("labels")
+    )
+
+
+def show_example(tokenizer: PreTrainedTokenizerBase, parts: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Log one encoded example; what is trained stands between ⟦ and ⟧."""
+    text = ""
+    for ids, labels in parts:
+        trained = labels != IGNORE_INDEX
+        borders = [0, *(1 + np.flatnonzero(trained[1:] != trained[:-1])), len(ids)]
+        for start, end in itertools.pairwise(borders):
+            piece = tokenizer.decode([int(i) for i in ids[start:end]])
+            text += f"⟦{piece}⟧" if end > start and trained[start] else piece
+    text = text if len(text) <= 1500 else f"{text[:1000]} … {text[-400:]}"
+    logger.info("first example, trained parts in ⟦ ⟧:\n%s", text)
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+def run_training(
+    trainer: StageTrainer, args: StageArguments, record: RunRecord, save_extra: Callable[[Path], None]
+) -> None:
+    """Train (or continue), evaluate, and publish the result as one whole.
+
+    Args:
+        save_extra: writes what belongs to the result besides weights, e.g. the tokenizer.
+
+    Raises:
+        StoppedError: a signal asked for it; a whole checkpoint is there.
+    """
+    if not args.do_train:
+        publish_evaluation(trainer.evaluate(), Path(args.output_dir))
+        return
+    checkpoint = choose_checkpoint(args)
+    if is_main_rank():
+        record.save()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.stop.stopped and trainer.state.global_step < trainer.state.max_steps:
+        raise StoppedError(
+            f"after step {trainer.state.global_step} of {trainer.state.max_steps}, with a whole "
+            "checkpoint; the same command continues"
+        )
+    metrics = dict(
+        result.metrics,
+        train_loss=trainer._total_loss_scalar / trainer.state.global_step,
+        train_steps=trainer.state.global_step,
+    )
+    evaluation = trainer.evaluate() if args.do_eval else {}
+    if is_main_rank():
+        publish_result(trainer, args, record, metrics, evaluation, save_extra)
+    wait_for_ranks()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def publish_result(
+    trainer: StageTrainer,
+    args: StageArguments,
+    record: RunRecord,
+    metrics: dict,
+    evaluation: dict,
+    save_extra: Callable[[Path], None],
+) -> None:
+    """Write weights, tokenizer, results and run.json beside, then move them into the output directory."""
+    output_dir = Path(args.output_dir)
+    partial = output_dir / f"final{PARTIAL}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    trainer.save_model(str(partial), _internal_call=True)
+    save_extra(partial)
+    trainer.state.save_to_json(str(partial / "trainer_state.json"))
+    write_results(partial, "train", metrics)
+    if evaluation:
+        write_results(partial, "eval", evaluation)
+    RunRecord(partial, record.content).save(status="complete", results=metrics | evaluation)
+    publish(partial, output_dir)
+    for name, value in {**metrics, **evaluation}.items():
+        logger.info("%s=%.6g", name, value)
+    logger.info("complete: %s", output_dir)
+
+
+def publish_evaluation(metrics: dict, output_dir: Path) -> None:
+    """Write and log the metrics of an evaluation without training."""
+    if is_main_rank():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_results(output_dir, "eval", metrics)
+        logger.info("%s", json.dumps(metrics))
+
+
+def write_results(directory: Path, split: str, metrics: dict) -> None:
+    """Write {split}_results.json and the same as `name = value` lines."""
+    write_json(directory / f"{split}_results.json", metrics)
+    lines = "".join(f"{name} = {value}\n" for name, value in sorted(metrics.items()))
+    (directory / f"{split}_results.txt").write_text(lines, encoding="utf-8")

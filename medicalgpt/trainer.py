@@ -1,0 +1,336 @@
+"""The training loop's guards, metrics, progress and files, over transformers.Trainer."""
+
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+from medicalgpt.checkpoint import PARTIAL, free_space, replace_directory, rotate, seal, write_json
+from medicalgpt.errors import RunError, is_main_rank
+from medicalgpt.modeling import load_weights
+from medicalgpt.run_record import RunRecord
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+logger = logging.getLogger("medicalgpt")
+
+
+class StageTrainer(Trainer):
+    """Trains a FlatLM on flat batches.
+
+    A stage says what a batch contributes: `batch_sums` returns sums over items (trained tokens, or pairs),
+    "loss" among them, and `count_items` how many items a batch has. The loss of a step is the sum over all
+    its micro-batches and ranks divided by all their items, so that it does not depend on how the step is
+    split.
+
+    Args:
+        record: the run that is trained; goes with every checkpoint.
+    """
+
+    loss_is_scaled_for_ga = True  # Trainer must not divide by the accumulation again
+
+    def __init__(self, *, record: RunRecord, **kwargs):
+        super().__init__(**kwargs)
+        self.record = record
+        self.saving_dir: Path | None = None
+        self.sums: dict[str, float] = defaultdict(float)
+        self.clock = time.perf_counter()
+        self.stop = StopOnSignal()
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(self.stop)
+        if is_main_rank():
+            self.add_callback(ProgressBar())
+
+    # ---- what a stage defines ------------------------------------------------------------------------------
+
+    def batch_sums(self, model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+        """Return sums over the items of a batch: "loss" (with gradient) and metrics."""
+        raise TypeError(f"{type(self).__name__} does not say what its loss is")
+
+    def count_items(self, batch: dict) -> int:
+        """Return how many items the loss of a batch is a sum of."""
+        raise TypeError(f"{type(self).__name__} does not say what its loss counts")
+
+    def final_metrics(self, means: dict[str, float]) -> dict[str, float]:
+        """Return the metrics to report, from the means over all items."""
+        return means
+
+    # ---- loss ----------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor:
+        """Count the items of a step over its micro-batches and ranks."""
+        count = torch.tensor(sum(self.count_items(batch) for batch in batch_samples), device=device)
+        if self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        if count == 0:
+            raise RunError(f"step {self.state.global_step + 1} has no trained token in any of its rows")
+        return count
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return this micro-batch's share of the step's loss; DDP averages over ranks, hence the factor."""
+        sums = self.batch_sums(model, inputs)
+        for name, value in sums.items():
+            if name != "loss":
+                self.sums[name] += value.detach()
+        self.sums["items"] += self.count_items(inputs)
+        self.sums["tokens"] += inputs["num_tokens"]
+        return sums["loss"] / num_items_in_batch * self.args.world_size
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the gradient norm, and stop before the optimizer step when it is not finite."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16 and not math.isfinite(float(grad_norm)):
+            bad = next(
+                (
+                    name
+                    for name, parameter in model.named_parameters()
+                    if parameter.grad is not None and not parameter.grad.isfinite().all()
+                ),
+                "the loss",
+            )
+            raise RunError(
+                f"step {self.state.global_step + 1}: the gradient is not finite, first in {bad}; nothing was "
+                "changed or saved by this step; lower --learning_rate or look at the data"
+            )
+        return grad_norm
+
+    # ---- metrics -------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means since the last log, and the tokens per second of all ranks."""
+        if "loss" in logs:
+            sums = self.reduce(self.sums)
+            elapsed, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+            items, num_tokens = sums.pop("items", 0), sums.pop("tokens", 0)
+            logs |= {name: value / items for name, value in sums.items()}
+            logs["tokens_per_second"] = num_tokens / elapsed
+            self.sums.clear()
+        super().log(logs, start_time)
+
+    def reduce(self, sums: dict[str, float]) -> dict[str, float]:
+        """Add up sums over ranks."""
+        if self.args.world_size == 1 or not sums:
+            return {name: float(value) for name, value in sums.items()}
+        keys = sorted(sums)
+        values = torch.tensor(
+            [float(sums[key]) for key in keys], dtype=torch.float64, device=self.args.device
+        )
+        return dict(zip(keys, self.accelerator.reduce(values, "sum").tolist(), strict=True))
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        eval_dataset: list | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Return metrics over all items of the validation rows; each rank takes its own rows once."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        own = Subset(dataset, range(self.args.process_index, len(dataset), self.args.world_size))
+        loader = DataLoader(own, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+        start, sums = time.perf_counter(), defaultdict(float, {"items": 0.0, "loss": 0.0})
+        self.model.eval()
+        for batch in loader:
+            batch = self._prepare_inputs(batch)
+            for name, value in self.batch_sums(self.model, batch).items():
+                sums[name] += value.item()
+            sums["items"] += self.count_items(batch)
+        sums = self.reduce(sums)
+        items = sums.pop("items")
+        means = self.final_metrics({name: value / max(items, 1) for name, value in sums.items()})
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = time.perf_counter() - start
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.clock = time.perf_counter()
+        return metrics
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: None = None) -> str:
+        """Where a checkpoint is being written: beside its place, until it is whole."""
+        return str(self.saving_dir or self.args.output_dir)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: None = None) -> None:
+        """Write a checkpoint beside its place on all ranks, seal and rename it, then drop what is too old."""
+        output_dir = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        self.saving_dir = output_dir / f"saving{PARTIAL}"
+        try:
+            if self.args.should_save:
+                shutil.rmtree(self.saving_dir, ignore_errors=True)
+                self.saving_dir.mkdir()
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                seal(self.saving_dir / name)
+                replace_directory(self.saving_dir / name, output_dir / name)
+                rotate(output_dir, self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError) as error:
+            raise RunError(
+                f"{output_dir / name} could not be written: {str(error).splitlines()[0]}; "
+                f"{free_space(output_dir)} free; older checkpoints are untouched"
+            ) from None
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self.saving_dir, ignore_errors=True)
+            self.saving_dir = None
+        logger.info("saved checkpoint=%s", output_dir / name)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Write what is trained: the adapter, or the whole model."""
+        if self.args.should_save:
+            self.model.lm.save_pretrained(output_dir, save_embedding_layers="auto")
+            (Path(output_dir) / "README.md").unlink(missing_ok=True)
+            RunRecord(Path(output_dir), self.record.content).save()
+        if self.is_in_train:
+            write_json(
+                self.progress_file(output_dir),
+                {
+                    "tr_loss": self._tr_loss.item(),
+                    "total_loss": self._total_loss_scalar,
+                    "last_logged": self._globalstep_last_logged,
+                    "sums": {k: float(v) for k, v in self.sums.items()},
+                },
+            )
+
+    def progress_file(self, checkpoint: str) -> Path:
+        """Where a rank keeps what it has summed up since the last log."""
+        return Path(checkpoint) / f"progress_{self.args.process_index}.json"
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        """Put a checkpoint's weights into the model."""
+        load_weights(self.model.lm, Path(resume_from_checkpoint))
+        progress = json.loads(self.progress_file(resume_from_checkpoint).read_text(encoding="utf-8"))
+        self.add_callback(RestoreSums(self, progress))
+
+
+class RestoreSums(TrainerCallback):
+    """Puts back what was summed up since the last log: a resumed run logs what an uninterrupted one logs."""
+
+    def __init__(self, trainer: StageTrainer, progress: dict):
+        self.trainer, self.progress = trainer, progress
+
+    def on_train_begin(self, args, state, control, **_):
+        """Restore after the loop has set its own sums to zero."""
+        trainer, progress = self.trainer, self.progress
+        trainer._tr_loss += progress["tr_loss"]
+        trainer._total_loss_scalar = progress["total_loss"]
+        trainer._globalstep_last_logged = progress["last_logged"]
+        trainer.sums.update(progress["sums"])
+
+
+class LanguageModelTrainer(StageTrainer):
+    """Next-token prediction (PT and SFT): the items are trained tokens."""
+
+    def batch_sums(self, model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+        """Return the negative log-likelihood of the batch, − Σ log p(token | before), in nats."""
+        with self.accelerator.autocast():
+            return {"loss": -model(**batch).sum()}
+
+    def count_items(self, batch: dict) -> int:
+        """Return the number of trained tokens."""
+        return len(batch["target_ids"])
+
+    def final_metrics(self, means: dict[str, float]) -> dict[str, float]:
+        """Add the perplexity per trained token."""
+        return means | {"perplexity": math.exp(min(means["loss"], 700))}
+
+
+class StopOnSignal(TrainerCallback):
+    """First SIGTERM or Ctrl-C: a whole checkpoint after the step, on all ranks. A second exits at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self.at = 0.0
+        self.stopped = False
+
+    def on_train_begin(self, args, state, control, **_):
+        """Catch the signals from here on."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, _) -> None:
+        """Note a signal. torchrun answers Ctrl-C with SIGTERM to its workers: one request, not two."""
+        if self.signal == number and time.monotonic() - self.at > 0.3:
+            os._exit(130)
+        if self.signal is None:
+            self.signal, self.at = number, time.monotonic()
+            if is_main_rank():
+                sys.stderr.write(
+                    f"\n{signal.Signals(number).name}: saving a checkpoint at the end of this step; "
+                    "once more exits at once",
+                    file=sys.stderr,
+                )
+
+    def on_step_end(self, args, state, control, **_):
+        """Let all ranks decide together, then save and stop."""
+        asked = torch.tensor(int(self.signal is not None), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        if asked:
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+
+
+class ProgressBar(TrainerCallback):
+    """A bar with the last loss and the real tokens per second, and a line per log."""
+
+    SHOWN = ("loss", "grad_norm", "learning_rate", "accuracy", "margin", "tokens_per_second")
+
+    def __init__(self):
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **_):
+        """Open the bar where the run stands."""
+        self.bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            file=sys.stderr,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+            dynamic_ncols=True,
+            desc="training",
+        )
+
+    def on_step_end(self, args, state, control, **_):
+        """Advance."""
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        """Print what was logged, `name=value`."""
+        if self.bar is None or "train_runtime" in logs:
+            return
+        shown = [
+            name for name in (*self.SHOWN, *logs) if name in logs and name not in ("epoch", "eval_runtime")
+        ]
+        if "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4f}", tok_s=f"{logs['tokens_per_second']:.0f}")
+        line = " ".join(f"{name}={logs[name]:.6g}" for name in dict.fromkeys(shown))
+        tqdm.write(f"step={state.global_step} {line}", file=sys.stderr)
+
+    def on_train_end(self, args, state, control, **_):
+        """Close the bar."""
+        self.bar.close()
+        self.bar = None
