@@ -2,9 +2,9 @@
 
     CUDA_VISIBLE_DEVICES=0,1 python -m medicalgpt.launch --nproc_per_node 2 pretraining.py --flag value …
 
-With fewer GPUs than the line names, the number of processes goes down and `--gradient_accumulation_steps` goes
-up, and one line says so; without a GPU it is one process. The exit code is the one of the stage (torchrun alone
-turns every code into 1), and the last line of a failure says FAILED. Standard library only.
+With fewer GPUs than the line names, the number of processes goes down and `--gradient_accumulation_steps`
+goes up, and one line says so; without a GPU it is one process. The exit code is the stage's own (torchrun
+alone makes every code 1), and the last line of a failure says FAILED. Standard library only.
 """
 
 import os
