@@ -219,13 +219,18 @@ def nearest_path(path: Path) -> str:
 # ---- one run at a time -------------------------------------------------------------------------------------
 
 
-def lock(directory: Path) -> int:
-    """Hold a directory for this process until it ends, however it ends; returns the lock's file descriptor.
+HELD_LOCKS: dict[Path, int] = {}  # directory → file descriptor; the system frees them when the process ends
+
+
+def lock(directory: Path) -> None:
+    """Hold a directory for this process until it ends, however it ends.
 
     Raises:
         ConfigError: another process holds it; names its pid and host.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    if directory.resolve() in HELD_LOCKS:
+        return
     handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,4 +242,4 @@ def lock(directory: Path) -> int:
         ) from None
     os.truncate(handle, 0)
     os.pwrite(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return handle
+    HELD_LOCKS[directory.resolve()] = handle

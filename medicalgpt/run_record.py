@@ -92,7 +92,6 @@ class RunRecord:
 
     output_dir: Path
     content: dict
-    lock: int | None = None
 
     @classmethod
     def begin(

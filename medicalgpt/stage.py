@@ -24,7 +24,7 @@ from medicalgpt.trainer import StageTrainer
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 logger = logging.getLogger("medicalgpt")
 
@@ -57,7 +57,7 @@ def open_run(
             )
         return record
     if is_main_rank():
-        record.lock = lock(output_dir)  # held until the process ends
+        lock(output_dir)
         if args.overwrite_output_dir:
             record.clear()
     wait_for_ranks()
@@ -131,6 +131,7 @@ def build_model(
             f"{base_dir}: the tokenizer has {len(tokenizer)} tokens, the model "
             f"{lm.get_input_embeddings().num_embeddings} embeddings; use the tokenizer of this model"
         )
+    set_seed(args.seed)  # adapters start from random numbers
     if adapter_args.use_peft:
         lm = add_adapters(lm, adapter_args)
     model = FlatLM(lm, neftune_alpha=neftune_alpha).to(args.device)

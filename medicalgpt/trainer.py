@@ -17,6 +17,7 @@ from medicalgpt.modeling import load_weights
 from medicalgpt.run_record import RunRecord
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
@@ -176,7 +177,7 @@ class StageTrainer(Trainer):
         try:
             if self.args.should_save:
                 shutil.rmtree(self.saving_dir, ignore_errors=True)
-                self.saving_dir.mkdir()
+                (self.saving_dir / name).mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -185,7 +186,9 @@ class StageTrainer(Trainer):
                 replace_directory(self.saving_dir / name, output_dir / name)
                 rotate(output_dir, self.args.save_total_limit)
             self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not isinstance(error, OSError | SafetensorError) and "PytorchStreamWriter" not in str(error):
+                raise  # another rank failed, not this write
             raise RunError(
                 f"{output_dir / name} could not be written: {str(error).splitlines()[0]}; "
                 f"{free_space(output_dir)} free; older checkpoints are untouched"
@@ -280,8 +283,7 @@ class StopOnSignal(TrainerCallback):
             if is_main_rank():
                 sys.stderr.write(
                     f"\n{signal.Signals(number).name}: saving a checkpoint at the end of this step; "
-                    "once more exits at once",
-                    file=sys.stderr,
+                    "once more exits at once\n"
                 )
 
     def on_step_end(self, args, state, control, **_):

@@ -1,0 +1,353 @@
+"""Training through the stages' own main: batch splits, ranks, resume, full fine-tuning, evaluation, guards."""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import dpo_training
+import pretraining
+import supervised_finetuning
+from medicalgpt.checkpoint import why_not_whole
+from medicalgpt.errors import ConfigError, DataError, ModelError, RunError, StoppedError
+from medicalgpt.trainer import ProgressBar
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = {"pt": pretraining, "sft": supervised_finetuning, "dpo": dpo_training}
+SCRIPTS = {name: Path(module.__file__).name for name, module in STAGES.items()}
+EXACT = [
+    "--torch_dtype",
+    "float32",
+    "--bf16",
+    "False",
+    "--gradient_checkpointing",
+    "False",
+    "--report_to",
+    "none",
+]
+
+
+def command(stage: str, model_dir: Path, data_dir: Path, output_dir: Path, **flags) -> list[str]:
+    """Return a stage's flags: float32, a log line per step, what a test asks for over that."""
+    options = {
+        "model_name_or_path": model_dir, "train_file_dir": data_dir / stage, "output_dir": output_dir,
+        "learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "eval_strategy": "no", "lora_dropout": 0.0,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "warmup_steps": 0,
+        "validation_split_percentage": 15,
+    }  # fmt: skip
+    options |= {"block_size": 32} if stage == "pt" else {"template_name": "chatml"}
+    return EXACT + [text for name, value in (options | flags).items() for text in (f"--{name}", str(value))]
+
+
+def history(output_dir: Path, *names: str) -> list[list]:
+    """Return the named values of every training log line."""
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    return [[line[name] for name in names] for line in state["log_history"] if "loss" in line]
+
+
+def results(output_dir: Path, split: str) -> dict:
+    return json.loads((output_dir / f"{split}_results.json").read_text())
+
+
+def weights_hash(output_dir: Path) -> str:
+    return hashlib.sha256((output_dir / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def run(stage: str, model_dir, data_dir, output_dir, **flags) -> Path:
+    STAGES[stage].main(command(stage, model_dir, data_dir, output_dir, **flags))
+    return output_dir
+
+
+# ---- the same loss for any split -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_is_the_same_however_it_is_split(stage, model_dir, data_dir, tmp_path):
+    """Batch 8 × accumulation 1 = 2 × 4 = 1 × 8: losses and gradient norms to 5 digits."""
+    logs = [
+        history(run(stage, model_dir, data_dir, tmp_path / f"{batch}", per_device_train_batch_size=batch,
+                    gradient_accumulation_steps=8 // batch, max_steps=2), "loss", "grad_norm")
+        for batch in (8, 2, 1)
+    ]  # fmt: skip
+    assert len(logs[0]) == 2
+    for other in logs[1:]:
+        assert torch.tensor(other) == pytest.approx(torch.tensor(logs[0]), rel=1e-5)
+
+
+def torchrun(arguments: list[str], ranks: int, timeout: int = 120) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return subprocess.run([*launcher, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True,
+                          timeout=timeout, check=False)  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_two_ranks_are_one_rank_with_twice_the_accumulation(stage, model_dir, data_dir, tmp_path):
+    flags = {"per_device_train_batch_size": 2, "max_steps": 2, "num_train_epochs": 1}
+    run(stage, model_dir, data_dir, tmp_path / "one", gradient_accumulation_steps=2, **flags)
+    two = command(stage, model_dir, data_dir, tmp_path / "two", gradient_accumulation_steps=1, **flags)
+    result = torchrun([SCRIPTS[stage], *two], ranks=2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    one, both = (history(tmp_path / name, "loss", "grad_norm") for name in ("one", "two"))
+    assert torch.tensor(both) == pytest.approx(torch.tensor(one), rel=1e-5)
+    expected, actual = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for name, tensor in expected.items():
+        assert torch.allclose(actual[name], tensor, atol=1e-5), name
+    for key, value in results(tmp_path / "one", "eval").items():
+        if "runtime" not in key:
+            assert results(tmp_path / "two", "eval")[key] == pytest.approx(value, rel=1e-5), key
+
+
+def test_the_first_dpo_loss_is_log_two_and_nothing_is_preferred(model_dir, data_dir, tmp_path):
+    output = run("dpo", model_dir, data_dir, tmp_path / "o", max_steps=1)
+    ((loss, margin, accuracy),) = history(output, "loss", "margin", "accuracy")
+    assert loss == pytest.approx(math.log(2), abs=1e-6)
+    assert margin == accuracy == 0
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo", "orpo"])
+def test_every_preference_loss_learns_the_training_pairs(loss_type, model_dir, data_dir, tmp_path):
+    output = run("dpo", model_dir, data_dir, tmp_path / "o", loss_type=loss_type, max_steps=12, seed=1)
+    logs = history(output, "loss", "margin")
+    assert logs[-1][0] < logs[0][0]
+    assert logs[-1][1] > logs[0][1]
+
+
+# ---- the loss is what it says ----------------------------------------------------------------------------------
+
+
+def test_evaluation_is_the_models_own_loss_document_by_document(model_dir, data_dir, tmp_path):
+    """Token-weighted mean over held-out conversations by transformers' own loss, one conversation at a time."""
+    output = run("sft", model_dir, data_dir, tmp_path / "o", do_train=False)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(model_dir),
+        AutoTokenizer.from_pretrained(model_dir),
+    )
+    data = supervised_finetuning.load_data(
+        supervised_finetuning.DataArguments(train_file_dir=str(data_dir / "sft"), validation_split_percentage=15),
+        supervised_finetuning.parse_chat, (".jsonl",), do_eval=True,
+    )  # fmt: skip
+    encoder = supervised_finetuning.ChatEncoder(
+        tokenizer, supervised_finetuning.ChatFormat.of(supervised_finetuning.resolve_template(
+            tokenizer, "chatml", recorded=None), tokenizer), max_length=2048
+    )  # fmt: skip
+    total, count = 0.0, 0
+    for example in encoder.encode_chats(data.validation, data.log):
+        ids, labels = (
+            torch.tensor(example[name], dtype=torch.long)[None] for name in ("input_ids", "labels")
+        )
+        num = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=labels).loss.item() * num
+        count += num
+    metrics = results(output, "eval")
+    assert metrics["eval_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_full_fine_tuning_saves_an_ordinary_model(model_dir, data_dir, tmp_path):
+    output = run("sft", model_dir, data_dir, tmp_path / "o", use_peft=False, learning_rate=1e-3)
+    assert history(output, "loss")[-1][0] < history(output, "loss")[0][0]
+    model, info = AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert model.config.tie_word_embeddings
+    before = AutoModelForCausalLM.from_pretrained(model_dir)
+    changed = [name for (name, a), (_, b) in zip(model.named_parameters(), before.named_parameters(), strict=True)
+               if not torch.equal(a, b)]  # fmt: skip
+    assert len(changed) == len(list(model.named_parameters()))
+
+
+def test_full_dpo_keeps_a_frozen_reference(model_dir, data_dir, tmp_path):
+    output = run("dpo", model_dir, data_dir, tmp_path / "o", use_peft=False, learning_rate=1e-3, max_steps=3)
+    losses = [loss for (loss,) in history(output, "loss")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < losses[0]
+
+
+def test_modules_to_save_keeps_tied_embeddings_one_matrix(model_dir, data_dir, tmp_path):
+    output = run(
+        "pt", model_dir, data_dir, tmp_path / "o", modules_to_save="embed_tokens,lm_head", max_steps=2
+    )
+    saved = load_file(output / "adapter_model.safetensors")
+    embeddings = [tensor for tensor in saved.values() if tensor.shape[0] > 300]
+    before = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"]
+    assert all(torch.equal(tensor, embeddings[0]) and tensor.dtype == torch.float32 for tensor in embeddings)
+    assert not torch.equal(embeddings[0], before)
+
+
+def test_training_continues_on_an_adapter(model_dir, data_dir, tmp_path):
+    first = run("sft", model_dir, data_dir, tmp_path / "first", max_steps=6)
+    second = run("sft", model_dir, data_dir, tmp_path / "second", peft_path=first, max_steps=1)
+    assert history(second, "loss")[0][0] < history(first, "loss")[0][0] - 0.1
+
+
+def test_qlora_trains_on_a_four_bit_base(model_dir, data_dir, tmp_path):
+    output = run("sft", model_dir, data_dir, tmp_path / "o", qlora=True, load_in_4bit=True, optim="paged_adamw_32bit",
+                 max_steps=6, eval_strategy="steps", eval_steps=2)  # fmt: skip
+    losses = [loss for (loss,) in history(output, "loss")]
+    assert losses[-1] < losses[0] - 0.1
+    assert load_file(output / "adapter_model.safetensors").keys()
+
+
+def test_activation_checkpointing_changes_no_number(model_dir, data_dir, tmp_path):
+    logs = []
+    for mode in ("False", "True"):
+        output = run(
+            "sft", model_dir, data_dir, tmp_path / mode, gradient_checkpointing=mode, lora_dropout=0.1
+        )
+        logs.append(history(output, "loss", "grad_norm"))
+    assert torch.tensor(logs[1]) == pytest.approx(torch.tensor(logs[0]), rel=1e-5)
+
+
+# ---- what a run leaves behind ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(model_dir, data_dir, tmp_path_factory) -> Path:
+    return run(
+        "sft",
+        model_dir,
+        data_dir,
+        tmp_path_factory.mktemp("runs") / "sft",
+        max_steps=2,
+        report_to="tensorboard",
+    )
+
+
+def test_the_output_directory_holds_what_the_guide_says(finished):
+    for name in ("adapter_model.safetensors", "tokenizer.json", "chat_template.jinja", "run.json", "train_results.txt",
+                 "train_results.json", "eval_results.json", "trainer_state.json", "checkpoint-2"):  # fmt: skip
+        assert (finished / name).exists(), name
+    assert why_not_whole(finished) is None
+    assert list((finished / "logs").rglob("events.out.tfevents.*"))
+    record = json.loads((finished / "run.json").read_text())
+    assert record["status"] == "complete"
+    assert (record["stage"], record["template"]) == ("sft", "chatml")
+    assert len(record["base"]["fingerprint"]) == 32
+
+
+def test_the_same_command_again_changes_nothing(finished, model_dir, data_dir, caplog):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"}
+    with caplog.at_level("INFO", logger="medicalgpt"):
+        run("sft", model_dir, data_dir, finished, max_steps=2, report_to="tensorboard")
+    assert "already complete" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != ".lock"} == before
+
+
+@pytest.mark.parametrize("flag, value", [("learning_rate", 0.5), ("seed", 7), ("per_device_train_batch_size", 2),
+                                         ("model_max_length", 64), ("template_name", "vicuna")])  # fmt: skip
+def test_a_changed_command_is_refused_with_old_and_new(finished, model_dir, data_dir, flag, value):
+    flags = {"max_steps": 2, flag: value} | ({"force_template": True} if flag == "template_name" else {})
+    with pytest.raises(ConfigError, match=rf"{flag}: .* → {value}"):
+        run("sft", model_dir, data_dir, finished, **flags)
+
+
+# ---- stopped and continued -------------------------------------------------------------------------------------
+
+
+def stop_at(step: int, monkeypatch) -> None:
+    """Send SIGTERM to this process during a step, as a scheduler would."""
+    advance = ProgressBar.on_step_end
+
+    def advance_and_stop(self, args, state, control, **kwargs):
+        advance(self, args, state, control, **kwargs)
+        if state.global_step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ProgressBar, "on_step_end", advance_and_stop)
+
+
+@pytest.mark.parametrize("stage, flags", [
+    ("pt", {"lora_dropout": 0.1}),
+    ("sft", {"lora_dropout": 0.1, "gradient_accumulation_steps": 2, "max_steps": 8, "logging_steps": 3}),
+    ("dpo", {"lora_dropout": 0.1, "max_steps": 9}),
+    ("sft", {"use_peft": False, "learning_rate": 1e-3, "max_steps": 7}),
+])  # fmt: skip
+def test_a_stopped_run_continues_exactly(stage, flags, model_dir, data_dir, tmp_path, monkeypatch):
+    """Loss, gradient norm and learning rate by repr, the final weights by hash, beyond one epoch and inside a log interval."""
+    run(stage, model_dir, data_dir, tmp_path / "whole", **flags)
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        with pytest.raises(StoppedError, match="after step"):
+            run(stage, model_dir, data_dir, tmp_path / "parts", **flags)
+    run(stage, model_dir, data_dir, tmp_path / "parts", **flags)
+    whole, parts = (
+        repr(history(tmp_path / name, "loss", "grad_norm", "learning_rate")) for name in ("whole", "parts")
+    )
+    assert parts == whole
+    file = "adapter_model.safetensors" if flags.get("use_peft", True) else "model.safetensors"
+    hashes = {
+        hashlib.sha256((tmp_path / name / file).read_bytes()).hexdigest() for name in ("whole", "parts")
+    }
+    assert len(hashes) == 1
+    assert (
+        results(tmp_path / "parts", "eval")["eval_loss"] == results(tmp_path / "whole", "eval")["eval_loss"]
+    )
+
+
+def test_a_torn_checkpoint_is_skipped_by_name(model_dir, data_dir, tmp_path, monkeypatch, caplog):
+    flags = {"save_steps": 1, "save_total_limit": 5, "lora_dropout": 0.1}
+    run("sft", model_dir, data_dir, tmp_path / "whole", **flags)
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        with pytest.raises(StoppedError):
+            run("sft", model_dir, data_dir, tmp_path / "torn", **flags)
+    newest = max((tmp_path / "torn").glob("checkpoint-*"))
+    optimizer = newest / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    with caplog.at_level("INFO", logger="medicalgpt"):
+        run("sft", model_dir, data_dir, tmp_path / "torn", **flags)
+    assert f"skipped {newest.name}: optimizer.pt has" in caplog.text
+    assert weights_hash(tmp_path / "torn") == weights_hash(tmp_path / "whole")
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_from_zero(
+    model_dir, data_dir, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        with pytest.raises(StoppedError):
+            run("sft", model_dir, data_dir, tmp_path / "o")
+    for manifest in (tmp_path / "o").rglob("MANIFEST.json"):
+        manifest.unlink()
+    with pytest.raises(ModelError, match="no checkpoint is whole"):
+        run("sft", model_dir, data_dir, tmp_path / "o")
+    run("sft", model_dir, data_dir, tmp_path / "o", overwrite_output_dir=True)
+
+
+# ---- guards ----------------------------------------------------------------------------------------------------
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(model_dir, data_dir, tmp_path, monkeypatch):
+    loss = dpo_training.preference_loss
+    calls = []
+
+    def poisoned(*args, **kwargs):
+        losses, chosen, rejected = loss(*args, **kwargs)
+        calls.append(1)
+        return losses * (float("nan") if len(calls) == 2 else 1.0), chosen, rejected
+
+    monkeypatch.setattr(dpo_training, "preference_loss", poisoned)
+    with pytest.raises(RunError, match=r"step 2: the gradient is not finite, first in .*lora"):
+        run("dpo", model_dir, data_dir, tmp_path / "o", save_steps=1, do_eval=False)
+    for path in (tmp_path / "o").rglob("adapter_model.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values())
+
+
+def test_rows_without_a_trained_token_are_refused_before_the_model_loads(
+    model_dir, data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        supervised_finetuning, "build_model", lambda *_, **__: pytest.fail("the model was loaded")
+    )
+    with pytest.raises(DataError, match=r"nothing to train on.*question_too_long"):
+        run("sft", model_dir, data_dir, tmp_path / "o", model_max_length=8)
