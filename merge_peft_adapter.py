@@ -130,6 +130,15 @@ def tokenizer_of(args: MergeArguments, base_dir: Path, lora_dir: Path) -> PreTra
     return tokenizer
 
 
+def set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template_name: str | None) -> None:
+    """Write into the generation config what ends an answer, so that any tool stops there."""
+    template = TEMPLATES.get(template_name)
+    if template is not None:
+        model.generation_config.eos_token_id = ChatFormat.of(template, tokenizer).stop_ids(tokenizer)
+    if tokenizer.pad_token_id is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
 def record_of(args: MergeArguments, base_dir: Path, lora_dir: Path) -> RunRecord:
     """Describe the merge: what, into what, and where both come from."""
     run, base_run = read_run(lora_dir), read_run(base_dir)
@@ -199,11 +208,8 @@ def main(argv: list[str]) -> None:
         tokenizer = tokenizer_of(args, base_dir, lora_dir)
         merged, expected = merge(base_of(args, base_dir, lora_dir), lora_dir)
         check_space(merged, output_dir)
-        template = TEMPLATES.get(record.content["template"])
-        if template is not None:
-            merged.generation_config.eos_token_id = ChatFormat.of(template, tokenizer).stop_ids(tokenizer)
-        if tokenizer.pad_token_id is not None:
-            merged.generation_config.pad_token_id = tokenizer.pad_token_id
+        if merged.can_generate():
+            set_stops(merged, tokenizer, record.content["template"])
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         auto_class, dtype = type(merged), merged.dtype

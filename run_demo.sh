@@ -44,8 +44,9 @@ merge() {
 
 step "1/6 PT: the model reads medical texts"
 bash run_pt.sh --model_name_or_path "$MODEL" --train_file_dir "$data/pretrain" \
-    --validation_file_dir "$(held_out pretrain)" --block_size 512 --gradient_accumulation_steps 1 \
-    --num_train_epochs 2 --learning_rate 5e-4 --logging_steps 5 --eval_strategy no --output_dir demo/outputs-pt-qwen-v1
+    --validation_file_dir "$(held_out pretrain)" --block_size 512 --per_device_train_batch_size 2 \
+    --gradient_accumulation_steps 1 --num_train_epochs 2 --learning_rate 5e-4 --logging_steps 5 --eval_strategy no \
+    --output_dir demo/outputs-pt-qwen-v1
 
 step "2/6 merge"
 merge "$MODEL" demo/outputs-pt-qwen-v1 demo/merged-pt-qwen-v1
@@ -69,7 +70,8 @@ step "6/6 merge"
 merge demo/merged-sft-qwen-v1 demo/outputs-dpo-qwen-v1 demo/final-medgpt-dpo
 
 step "What it has learned"
-python -m medicalgpt.demo_report --language "$DATA_LANGUAGE" --report demo/report.json --models "base=$MODEL" \
+python -m medicalgpt.demo_report --language "$DATA_LANGUAGE" --report demo/report.json \
+    --dpo_results demo/outputs-dpo-qwen-v1/eval_results.json --models "base=$MODEL" \
     PT=demo/merged-pt-qwen-v1 SFT=demo/merged-sft-qwen-v1 DPO=demo/final-medgpt-dpo
 
 printf '\nTalk to it:   source .venv/bin/activate && python inference.py --base_model demo/final-medgpt-dpo --interactive\n'

@@ -43,6 +43,7 @@ class Template:
         prefix: begins the conversation.
         system: a system prompt with what stands around it; goes where `system_in` says.
         default_system: the system prompt of a conversation that has none (None: nothing at all).
+        system_variants: default system prompts of other models with this format.
         system_in: "own" turn, or inside the "first_user" or "last_user" message.
         strip: roles whose content loses surrounding white space, as in the official format.
         stop_between: False when the text carries no stop token between turns (it is trained as a hidden
@@ -62,6 +63,7 @@ class Template:
     prefix: str = ""
     system: str = "{content}"
     default_system: str | None = None
+    system_variants: tuple[str, ...] = ()
     system_in: str = "own"
     strip: frozenset[str] = frozenset()
     stop_between: bool = True
@@ -133,6 +135,7 @@ TEMPLATES = {
             name="qwen",
             source="Qwen/Qwen2.5-0.5B-Instruct tokenizer_config.json",
             default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+            system_variants=("You are a helpful assistant.",),  # the base models, Qwen2
             stop_strings=("<|endoftext|>",),
             **CHATML,
         ),

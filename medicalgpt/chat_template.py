@@ -1,5 +1,7 @@
 """Which chat format a model gets, and the proof that it is the one the model knows."""
 
+from dataclasses import replace
+
 from medicalgpt.errors import ConfigError, ModelError
 from medicalgpt.tokenization import ChatFormat
 from template import TEMPLATES, Template, get_template, jinja, render_text
@@ -37,9 +39,16 @@ def agrees(tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
     return compared > 0
 
 
+def as_the_model_has_it(tokenizer: PreTrainedTokenizerBase, template: Template) -> Template | None:
+    """Return the template with the model's own default system prompt, or None if formats differ."""
+    variants = [replace(template, default_system=system) for system in template.system_variants]
+    return next((variant for variant in (template, *variants) if agrees(tokenizer, variant)), None)
+
+
 def matching_template(tokenizer: PreTrainedTokenizerBase) -> Template | None:
     """Return the template that the tokenizer's own chat template is, or None."""
-    return next((template for template in TEMPLATES.values() if agrees(tokenizer, template)), None)
+    found = (as_the_model_has_it(tokenizer, template) for template in TEMPLATES.values())
+    return next((template for template in found if template), None)
 
 
 def resolve_template(
@@ -59,29 +68,33 @@ def resolve_template(
     choices = ", ".join(TEMPLATES)
     if name is not None and name not in TEMPLATES:
         raise ConfigError(f"--template_name {name} is not known; choose from {choices}")
-    own = tokenizer.chat_template is not None
-    if name is None:
-        found = TEMPLATES.get(recorded) if recorded else matching_template(tokenizer) if own else None
-        if found is None:
-            what = "a chat template that is none of these" if own else "no chat template"
-            raise ConfigError(f"{tokenizer.name_or_path} has {what}; give --template_name, one of {choices}")
-        return found
-    template = get_template(name)
-    if force:
-        return template
-    if recorded not in (None, name):
+    if name is not None and force:
+        return get_template(name)
+    if name is not None and recorded not in (None, name):
         raise ConfigError(
             f"--template_name {name}: the model was trained with {recorded}; leave the flag out, or use "
             "--force_template True to override"
         )
-    if own and not agrees(tokenizer, template):
-        match = matching_template(tokenizer)
+    wanted = TEMPLATES.get(name or recorded or "")
+    if tokenizer.chat_template is None:
+        if wanted is None:
+            raise ConfigError(
+                f"{tokenizer.name_or_path} has no chat template; give --template_name, one of {choices}"
+            )
+        return wanted
+    found = as_the_model_has_it(tokenizer, wanted) if wanted else matching_template(tokenizer)
+    if found is None and wanted is None:
         raise ConfigError(
-            f"--template_name {name}: the model's own chat template is "
-            f"{match.name if match else 'another one'}; use {match.name if match else 'that'}, or "
-            "--force_template True to override"
+            f"{tokenizer.name_or_path} has a chat template that is none of these; give --template_name, one "
+            f"of {choices}, with --force_template True"
         )
-    return template
+    if found is None:
+        own = matching_template(tokenizer)
+        raise ConfigError(
+            f"--template_name {wanted.name}: the model's own chat template is "
+            f"{own.name if own else 'another one'}; give that name or --force_template True to override"
+        )
+    return found
 
 
 def export_template(tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> None:

@@ -134,6 +134,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=DIR")
     parser.add_argument("--language", choices=QUESTIONS, default="en")
     parser.add_argument("--held_out", type=Path, default=Path("data/heldout"))
+    parser.add_argument("--dpo_results", type=Path, required=True, help="eval_results.json of the DPO run")
     parser.add_argument("--report", type=Path, required=True)
     args = parser.parse_args(argv)
     models = {
@@ -149,14 +150,21 @@ def main(argv: list[str]) -> None:
         if "answers" not in known[keys[name]]:
             known[keys[name]]["answers"] = answers(models[name], questions)
     write_json(args.report, known)
-    show(args.held_out, {name: known[key] for name, key in keys.items()}, questions)
+    show(args, {name: known[key] for name, key in keys.items()})
 
 
-def show(held_out: Path, figures: dict[str, dict], questions: tuple[str, ...]) -> None:
+def show(args: argparse.Namespace, figures: dict[str, dict]) -> None:
     """Print the table and the answers."""
-    lines = [f"\nHeld-out rows ({held_out}), none of whose diseases occurs in training:\n", table(figures)]
+    dpo = json.loads(args.dpo_results.read_text(encoding="utf-8"))
     before, after = (list(figures.values())[i]["answers"] for i in (0, -1))
-    lines += [side_by_side(*row) for row in zip(questions, before, after, strict=True)]
+    lines = [
+        f"\nHeld-out rows ({args.held_out}), none of whose diseases occurs in training:\n",
+        table(figures),
+        "\nDPO against its reference, the SFT model: the better answer gains more in "
+        f"{dpo['eval_accuracy']:.1%} of "
+        f"the pairs, reward margin {dpo['eval_margin']:.3f} (before: no preference, 0)",
+        *(side_by_side(*row) for row in zip(QUESTIONS[args.language], before, after, strict=True)),
+    ]
     print("\n".join(lines))  # noqa: T201  (the tool's product)
 
 

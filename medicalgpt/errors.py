@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from typing import TextIO
 
 logger = logging.getLogger("medicalgpt")
 
@@ -56,10 +57,41 @@ def is_main_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class SurvivingStream:
+    """A stream that outlives its reader: Ctrl-C also ends the `tee` behind a run that still has to save."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        """Give everything else of the stream."""
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or throw away what nobody reads."""
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            return self.let_go(len(text))
+
+    def flush(self) -> None:
+        """Flush, or throw away what nobody reads."""
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            self.let_go(0)
+
+    def let_go(self, written: int) -> int:
+        """Send everything from here on to nowhere."""
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        return written
+
+
 def start_logging() -> None:
     """Log to stderr: rank 0 from INFO, the other ranks errors only."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(encoding="utf-8", errors="replace")
+    sys.stderr = SurvivingStream(sys.stderr)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr, force=True)
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries about each other
     logger.setLevel(logging.INFO if is_main_rank() else logging.ERROR)
@@ -92,8 +124,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         code = StoppedError.exit_code
         report(RunError("interrupted before the first step; nothing to save"), debug)
-    except BrokenPipeError:
-        sys.stdout = None
+    except BrokenPipeError:  # whoever read the standard output has gone
+        sys.stdout, code = None, RunError.exit_code
     except Exception as error:
         code = error.exit_code if isinstance(error, MedicalGPTError) else 1
         report(error, debug)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from pathlib import Path
 
 from medicalgpt.arguments import DTYPES, AdapterArguments, ModelArguments
@@ -230,7 +231,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, is_trainable: bool
             f"{file}: {broken} holds NaN or infinity; that training failed, use an earlier checkpoint"
         )
     try:
-        adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
+        with warnings.catch_warnings(action="ignore"):  # about missing tensors, which are refused below
+            adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
         needed = get_peft_model_state_dict(adapted, save_embedding_layers=False)
         missing = sorted(set(needed) - set(weights))
         if missing:

@@ -156,8 +156,8 @@ def check_order(messages: list[Message], name: str, origin: str) -> None:
         expected = "user" if index % 2 == 0 else "assistant"
         if message.role != expected:
             raise DataError(
-                f"{origin}: {name}[{index + offset}]: is a {message.role} turn where a {expected} turn is "
-                "due; user and assistant must alternate, a system turn only comes first"
+                f"{origin}: {name}[{index + offset}]: has role {message.role} where {expected} is due; user "
+                "and assistant must alternate, a system turn only comes first"
             )
     if len(messages) == offset:
         raise DataError(f"{origin}: {name}: has no question; add a user turn")
