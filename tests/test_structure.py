@@ -19,6 +19,11 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 MODULES = sorted((ROOT / "medicalgpt").glob("*.py"))
 NAMES = {path.stem for path in SCRIPTS} | {"medicalgpt"}
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+LAUNCHED = {
+    path.name: match[1]
+    for path in ROOT.glob("run_*.sh")
+    if (match := re.search(r"torchrun --nproc_per_node 2 (\w+\.py)", path.read_text(encoding="utf-8")))
+}
 LIGHT = ["template", *(f"medicalgpt.{name}" for name in ("data_files", "errors", "launch", "records"))]
 
 
@@ -118,14 +123,19 @@ def commands(text: str) -> list[str]:
 
 
 def script_calls(text: str) -> list[tuple[str, list[str]]]:
-    """Return (script, its flags) of every `python X.py --flag …` in a document's commands."""
+    """Return (script, its flags) of every `python X.py --flag …` or launcher in a document's commands."""
     calls = []
     for line in commands(text):
         words = line.split()
         for place, word in enumerate(words):
-            if word.endswith(".py") and place and words[place - 1].startswith("python"):
-                rest = [w.partition("=")[0] for w in words[place + 1 :] if w.startswith("--")]
-                calls.append((word, rest))
+            before = words[place - 1] if place else ""
+            if word.endswith(".py") and before.startswith("python"):
+                script = word
+            elif word in LAUNCHED and before == "bash":
+                script = LAUNCHED[word]
+            else:
+                continue
+            calls.append((script, [w.partition("=")[0] for w in words[place + 1 :] if w.startswith("--")]))
     return calls
 
 
@@ -176,6 +186,9 @@ python a.py --one 1 \\
     --two=2  # why
   CUDA_VISIBLE_DEVICES=0 python b.py --three "a --four"
 ```
+```bash
+bash run_pt.sh --six 6
+```
 ```python
 python c.py --five
 ```
@@ -183,8 +196,10 @@ python c.py --five
     assert commands(text) == [
         "python a.py --one 1 --two=2",
         "CUDA_VISIBLE_DEVICES=0 python b.py --three a --four",
+        "bash run_pt.sh --six 6",
     ]
-    assert script_calls(text)[0] == ("a.py", ["--one", "--two"])
+    calls = script_calls(text)
+    assert (calls[0], calls[-1]) == (("a.py", ["--one", "--two"]), ("pretraining.py", ["--six"]))
 
 
 def test_every_document_has_its_chinese_twin_and_no_twin_is_alone():
