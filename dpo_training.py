@@ -3,8 +3,8 @@
 Reads   --train_file_dir   .jsonl/.json pairs {"question", "response_chosen", "response_rejected"[, "system",
 "history"]}
                            or {"conversations": [… ending with human], "chosen", "rejected"}
-Writes  --output_dir       LoRA adapter (or model), tokenizer, run.json, train_results, eval_results, logs/,
-checkpoint-N/ Next    merge_peft_adapter.py, then inference.py
+Writes  --output_dir       LoRA adapter (or model), tokenizer, run.json, results, logs/, checkpoint-N/
+Next    merge_peft_adapter.py, then inference.py
 
     bash run_dpo.sh
     python dpo_training.py --model_name_or_path merged-sft-qwen-v1 --train_file_dir data/reward
@@ -18,36 +18,30 @@ import copy
 import math
 from dataclasses import dataclass, field
 
-from medicalgpt.arguments import (
-    AdapterArguments,
-    ChatArguments,
-    DataArguments,
-    ModelArguments,
-    StageArguments,
-    parse_arguments,
-    require,
-)
-from medicalgpt.chat_template import export_template, resolve_template
+from medicalgpt.arguments import parse_stage
 from medicalgpt.collator import PairCollator
 from medicalgpt.dataset import load_data
 from medicalgpt.engine import FlatLM
 from medicalgpt.errors import run_script
-from medicalgpt.model_files import load_tokenizer, resolve_model_dir
+from medicalgpt.flags import require
 from medicalgpt.records import RowLog, parse_pair
-from medicalgpt.run_record import recorded_template
 from medicalgpt.stage import (
     build_model,
+    chat_encoder,
     choose_activation_checkpointing,
+    open_base,
     open_run,
     report_data,
     run_training,
     show_example,
 )
-from medicalgpt.tokenization import ChatEncoder, ChatFormat
+from medicalgpt.tokenization import IGNORE_INDEX
 from medicalgpt.trainer import StageTrainer
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
 
 REFERENCE_LOSSES = ("sigmoid", "hinge", "ipo")
 REFERENCE_FREE_LOSSES = ("simpo", "orpo")
@@ -90,7 +84,7 @@ SUFFIXES = (".jsonl", ".json")
 DEFAULTS = {
     "output_dir": "outputs-dpo-qwen-v1",
     "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 4,
+    "per_device_eval_batch_size": 2,
     "num_train_epochs": 1.0,
     "learning_rate": 5e-5,
 }
@@ -228,83 +222,47 @@ def frozen_copy(model: FlatLM, loss_type: str) -> FlatLM | None:
 def main(argv: list[str]) -> None:
     """Train, or continue training, as the flags say."""
     # 1. Flags
-    model_args, adapter_args, data_args, chat_args, dpo_args, args = arguments = parse_arguments(
-        argv,
-        (ModelArguments, AdapterArguments, DataArguments, ChatArguments, PreferenceArguments, StageArguments),
-        __doc__,
-        DEFAULTS,
-    )
+    flags = parse_stage(argv, PreferenceArguments, __doc__, DEFAULTS)
 
     # 2. Data: every row is read and checked before a model is looked at
-    data = load_data(data_args, parse_pair, SUFFIXES, do_eval=args.do_eval, cache_dir=model_args.cache_dir)
-    base_dir = resolve_model_dir(
-        model_args.model_name_or_path,
-        "--model_name_or_path",
-        model_args.cache_dir,
-        remote_code=model_args.trust_remote_code,
-    )
-    tokenizer = load_tokenizer(
-        resolve_model_dir(
-            model_args.tokenizer_name_or_path or str(base_dir),
-            "--tokenizer_name_or_path",
-            model_args.cache_dir,
-        ),
-        trust_remote_code=model_args.trust_remote_code,
-    )
-    template = resolve_template(
-        tokenizer,
-        chat_args.template_name,
-        recorded=recorded_template(base_dir),
-        force=chat_args.force_template,
-    )
+    data = load_data(flags, parse_pair, SUFFIXES)
+    base = open_base(flags)
 
     # 3. The run: new, to be continued, or done
-    record = open_run("dpo", arguments, args, base_dir, data, template.name)
+    record = open_run("dpo", flags, base, data)
     if record is None:
         return
 
     # 4. Pairs → ids and labels
-    chat_format = ChatFormat.of(template, tokenizer)
-    encoder = ChatEncoder(
-        tokenizer,
-        chat_format,
-        max_length=chat_args.model_max_length,
-        max_source_length=chat_args.max_source_length,
-        max_target_length=chat_args.max_target_length,
-    )
+    encoder = chat_encoder(flags, base)
     train = encoder.encode_pairs(data.train, data.log)
     validation = encoder.encode_pairs(data.validation, RowLog())
-    report_data(data, train, validation, args)
-    first = train[0]
-    ignored = first["prompt_ids"] * 0 - 100
-    show_example(
-        tokenizer,
-        [
-            (first["prompt_ids"], ignored),
-            (first["chosen_ids"], first["chosen_labels"]),
-            (first["rejected_ids"], first["rejected_labels"]),
-        ],
-    )
+    report_data(data, train, validation, flags.run)
+    show_pair(base.tokenizer, train[0])
 
     # 5. Model
-    model, padded = build_model(
-        model_args, adapter_args, args, base_dir, tokenizer, chat_args.model_max_length
-    )
-    choose_activation_checkpointing(model, args, train)
+    model, padded = build_model(flags, base, max_length=flags.chat.model_max_length)
+    choose_activation_checkpointing(model, flags.run, train)
 
     # 6. Train, evaluate, save
-    export_template(tokenizer, chat_format)
     trainer = PreferenceTrainer(
         model=model,
-        args=args,
+        args=flags.run,
         record=record,
         data_collator=PairCollator(padded=padded),
         train_dataset=train,
         eval_dataset=validation,
-        preference=dpo_args,
-        reference=frozen_copy(model, dpo_args.loss_type),
+        preference=flags.own,
+        reference=frozen_copy(model, flags.own.loss_type),
     )
-    run_training(trainer, args, record, tokenizer.save_pretrained)
+    run_training(trainer, record, base)
+
+
+def show_pair(tokenizer: PreTrainedTokenizerBase, pair: dict) -> None:
+    """Log one encoded pair: the prompt, then the chosen and the rejected answer."""
+    untrained = np.full(len(pair["prompt_ids"]), IGNORE_INDEX)
+    answers = [(pair[f"{side}_ids"], pair[f"{side}_labels"]) for side in ("chosen", "rejected")]
+    show_example(tokenizer, [(pair["prompt_ids"], untrained), *answers])
 
 
 if __name__ == "__main__":

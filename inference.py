@@ -20,10 +20,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medicalgpt.arguments import cpu_has_fast_bfloat16, parse_arguments, require, require_positive
+from medicalgpt.arguments import cpu_has_fast_bfloat16
 from medicalgpt.chat_template import resolve_template
 from medicalgpt.data_files import read_rows
 from medicalgpt.errors import ConfigError, DataError, run_script
+from medicalgpt.flags import parse_arguments, require, require_positive
 from medicalgpt.generation import Answer, Generator, generation_settings
 from medicalgpt.model_files import load_config, load_tokenizer, resolve_model_dir
 from medicalgpt.modeling import DTYPES, load_adapter, load_model, quantization_config
@@ -107,7 +108,7 @@ class InferenceArguments:
 # ---- the model ---------------------------------------------------------------------------------------------
 
 
-def choose_dtype(name: str) -> torch.dtype:
+def compute_dtype(name: str) -> torch.dtype:
     """Return the type to compute in; auto: bfloat16 where the hardware has it."""
     if name != "auto":
         return DTYPES[name]
@@ -132,7 +133,7 @@ def load(args: InferenceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizer
         )
     recorded = (recorded_template(lora_dir) if lora_dir else None) or recorded_template(base_dir)
     template = resolve_template(tokenizer, args.template_name, recorded=recorded, force=args.force_template)
-    dtype = choose_dtype(args.torch_dtype)
+    dtype = compute_dtype(args.torch_dtype)
     model = load_model(
         base_dir,
         dtype,

@@ -16,9 +16,9 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medicalgpt.arguments import parse_arguments
 from medicalgpt.checkpoint import fingerprint, staged, why_not_whole
 from medicalgpt.errors import ModelError, RunError, run_script
+from medicalgpt.flags import parse_arguments
 from medicalgpt.model_files import adapter_settings, load_config, load_tokenizer, resolve_model_dir
 from medicalgpt.modeling import load_adapter, load_model, scaled_rope
 from medicalgpt.run_record import RunRecord, check_base, read_run, versions
@@ -69,7 +69,7 @@ def probe_outputs(model: torch.nn.Module) -> torch.Tensor:
 def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
     """Return the mean KL divergence per token in nats, or for scores the largest difference."""
     if expected.dim() == 2:
-        return F.kl_div(actual, expected, log_target=True, reduction="batchmean").item()
+        return abs(F.kl_div(actual, expected, log_target=True, reduction="batchmean").item())  # rounding aside
     return (expected - actual).abs().max().item()
 
 

@@ -1,8 +1,8 @@
 """Continued pretraining (PT): the model reads domain texts.
 
 Reads   --train_file_dir   .txt files and .jsonl/.json rows {"text": …}
-Writes  --output_dir       LoRA adapter (or model), tokenizer, run.json, train_results, eval_results, logs/,
-checkpoint-N/ Next    merge_peft_adapter.py, then supervised_finetuning.py on the merged model
+Writes  --output_dir       LoRA adapter (or model), tokenizer, run.json, results, logs/, checkpoint-N/
+Next    merge_peft_adapter.py, then supervised_finetuning.py on the merged model
 
     bash run_pt.sh
     python pretraining.py --model_name_or_path Qwen/Qwen2.5-0.5B --train_file_dir data/pretrain
@@ -16,23 +16,17 @@ import logging
 import statistics
 from dataclasses import dataclass, field
 
-from medicalgpt.arguments import (
-    AdapterArguments,
-    DataArguments,
-    ModelArguments,
-    StageArguments,
-    parse_arguments,
-    require,
-)
+from medicalgpt.arguments import parse_text_stage
 from medicalgpt.collator import FlatCollator
 from medicalgpt.dataset import load_data
 from medicalgpt.documents import encode_texts, pack_documents
 from medicalgpt.errors import run_script
-from medicalgpt.model_files import load_tokenizer, resolve_model_dir
+from medicalgpt.flags import require
 from medicalgpt.records import parse_text
 from medicalgpt.stage import (
     build_model,
     choose_activation_checkpointing,
+    open_base,
     open_run,
     report_data,
     run_training,
@@ -69,7 +63,7 @@ class PretrainingArguments:
 DEFAULTS = {
     "output_dir": "outputs-pt-qwen-v1",
     "per_device_train_batch_size": 4,
-    "gradient_accumulation_steps": 4,
+    "per_device_eval_batch_size": 4,
     "num_train_epochs": 1.0,
 }
 
@@ -77,47 +71,43 @@ DEFAULTS = {
 def main(argv: list[str]) -> None:
     """Train, or continue training, as the flags say."""
     # 1. Flags
-    model_args, adapter_args, data_args, pt_args, args = arguments = parse_arguments(
-        argv,
-        (ModelArguments, AdapterArguments, DataArguments, PretrainingArguments, StageArguments),
-        __doc__,
-        DEFAULTS,
-    )
+    flags = parse_text_stage(argv, PretrainingArguments, __doc__, DEFAULTS)
 
     # 2. Data: every row is read and checked before a model is looked at
-    data = load_data(
-        data_args,
-        parse_text,
-        SUFFIXES,
-        do_eval=args.do_eval,
-        txt_documents=pt_args.txt_documents,
-        cache_dir=model_args.cache_dir,
-    )
-    base_dir = resolve_model_dir(
-        model_args.model_name_or_path,
-        "--model_name_or_path",
-        model_args.cache_dir,
-        remote_code=model_args.trust_remote_code,
-    )
-    tokenizer = load_tokenizer(
-        resolve_model_dir(
-            model_args.tokenizer_name_or_path or str(base_dir),
-            "--tokenizer_name_or_path",
-            model_args.cache_dir,
-        ),
-        trust_remote_code=model_args.trust_remote_code,
-    )
+    data = load_data(flags, parse_text, SUFFIXES, txt_documents=flags.own.txt_documents)
+    base = open_base(flags)
 
     # 3. The run: new, to be continued, or done
-    record = open_run("pt", arguments, args, base_dir, data, None)
+    record = open_run("pt", flags, base, data)
     if record is None:
         return
 
     # 4. Documents → rows of block_size tokens
-    documents = encode_texts(data.train, tokenizer)
-    train = pack_documents(documents, pt_args.block_size)
-    validation = pack_documents(encode_texts(data.validation, tokenizer), pt_args.block_size)
-    report_data(data, train, validation, args)
+    documents = encode_texts(data.train, base.tokenizer)
+    train = pack_documents(documents, flags.own.block_size)
+    validation = pack_documents(encode_texts(data.validation, base.tokenizer), flags.own.block_size)
+    report_data(data, train, validation, flags.run)
+    warn_of_short_documents(documents, flags.own.txt_documents)
+    show_example(base.tokenizer, [(train[0]["input_ids"], train[0]["labels"])])
+
+    # 5. Model
+    model, padded = build_model(flags, base, max_length=flags.own.block_size)
+    choose_activation_checkpointing(model, flags.run, train)
+
+    # 6. Train, evaluate, save
+    trainer = LanguageModelTrainer(
+        model=model,
+        args=flags.run,
+        record=record,
+        data_collator=FlatCollator(padded=padded),
+        train_dataset=train,
+        eval_dataset=validation,
+    )
+    run_training(trainer, record, base)
+
+
+def warn_of_short_documents(documents: list[list[int]], txt_documents: str) -> None:
+    """Say when documents are so short that lines were probably taken for them."""
     median = statistics.median(map(len, documents))
     if median < SHORT_DOCUMENT:
         logger.warning(
@@ -125,24 +115,8 @@ def main(argv: list[str]) -> None:
             "(--txt_documents %s)",
             median,
             SHORT_DOCUMENT,
-            pt_args.txt_documents,
+            txt_documents,
         )
-    show_example(tokenizer, [(train[0]["input_ids"], train[0]["labels"])])
-
-    # 5. Model
-    model, padded = build_model(model_args, adapter_args, args, base_dir, tokenizer, pt_args.block_size)
-    choose_activation_checkpointing(model, args, train)
-
-    # 6. Train, evaluate, save
-    trainer = LanguageModelTrainer(
-        model=model,
-        args=args,
-        record=record,
-        data_collator=FlatCollator(padded=padded),
-        train_dataset=train,
-        eval_dataset=validation,
-    )
-    run_training(trainer, args, record, tokenizer.save_pretrained)
 
 
 if __name__ == "__main__":

@@ -330,7 +330,7 @@ def split_thought(template: Template, content: str, last: bool) -> tuple[str, st
 def render_text(template: Template, messages: Sequence[tuple[str, str]], *, bos: str, eos: str) -> str:
     """Return the rendered conversation as one string."""
     turns = render(template, messages, bos=bos, eos=eos)
-    return "".join(segment.text for turn in turns for segment in turn if not segment.hidden)
+    return "".join(s.text for turn in turns for s in turn if not s.hidden)
 
 
 # ---- export ------------------------------------------------------------------------------------------------

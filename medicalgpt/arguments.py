@@ -1,34 +1,22 @@
 """Flags, defaults and forbidden combinations that the stages share."""
 
-import argparse
-import difflib
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from medicalgpt.errors import ConfigError
+from medicalgpt.flags import parse_arguments, require, require_positive
+from medicalgpt.launch import DEFAULT_ACCUMULATION
 
 import torch
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 logger = logging.getLogger("medicalgpt")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def require(condition: bool, message: str) -> None:
-    """Refuse a flag's value."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_positive(arguments: Any, *names: str) -> None:
-    """Refuse values below 1 (None is no value)."""
-    for name in names:
-        value = getattr(arguments, name)
-        require(value is None or value >= 1, f"--{name} {value} is not allowed; expected 1 or more")
 
 
 @dataclass
@@ -103,7 +91,10 @@ class AdapterArguments:
 
     def __post_init__(self):
         require_positive(self, "lora_rank")
-        require(self.lora_alpha > 0, f"--lora_alpha {self.lora_alpha} is not allowed; expected more than 0")
+        require(
+            0 < self.lora_alpha < math.inf,
+            f"--lora_alpha {self.lora_alpha} is not allowed; expected more than 0",
+        )
         require(
             0 <= self.lora_dropout < 1,
             f"--lora_dropout {self.lora_dropout} is not allowed; expected 0 to below 1",
@@ -222,26 +213,41 @@ class StageArguments(TrainingArguments):
             mode in ("auto", "true", "false"),
             f"--gradient_checkpointing {self.gradient_checkpointing} is not allowed; use auto, True or False",
         )
+        self.check_ranges()
+        refuse_unsupported(self)
+        self.choose_device()
+        self.gradient_checkpointing = self.activation_checkpointing = None
+        super().__post_init__()
+        self.gradient_checkpointing = mode
+        self._n_gpu = min(self._n_gpu, 1)  # one process, one GPU; more GPUs take more processes (torchrun)
+
+    def check_ranges(self) -> None:
+        """Refuse values that mean nothing."""
         require_positive(
-            self, "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"
+            self,
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "save_total_limit",
         )
-        require(
-            self.learning_rate >= 0,
-            f"--learning_rate {self.learning_rate} is not allowed; expected 0 or more",
-        )
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "seed", "dataloader_num_workers"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"--{name} {value} is not allowed; expected 0 or more")
         require(
             self.max_steps == -1 or self.max_steps >= 1,
             f"--max_steps {self.max_steps} is not allowed; expected -1 (whole epochs) or 1 and more",
         )
         require(
-            self.num_train_epochs > 0,
+            0 < self.num_train_epochs < math.inf,
             f"--num_train_epochs {self.num_train_epochs} is not allowed; expected more than 0",
         )
-        require(not (self.fp16 and self.bf16), "--fp16 and --bf16 exclude each other")
-        self.choose_device()
-        self.gradient_checkpointing = self.activation_checkpointing = None
-        super().__post_init__()
-        self.gradient_checkpointing = mode
+        require(
+            not (self.fp16 and self.bf16),
+            "--fp16 and --bf16 exclude each other, and bf16 is the default; add --bf16 False",
+        )
+        reporters = [self.report_to] if isinstance(self.report_to, str) else self.report_to
+        for name in reporters:
+            require(name in REPORTERS, f"--report_to {name} is not allowed; expected {', '.join(REPORTERS)}")
 
     def choose_device(self) -> None:
         """Fit precision to the hardware: refuse what cannot work, say what is done otherwise."""
@@ -263,7 +269,35 @@ def cpu_has_fast_bfloat16() -> bool:
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
+def refuse_unsupported(args: TrainingArguments) -> None:
+    """Refuse flags of the library that would do nothing here, or something else than they say."""
+    for name, mend in UNSUPPORTED_FLAGS.items():
+        value = getattr(args, name)
+        require(value in UNSET, f"--{name} {value} has no place here: {mend}")
+
+
+UNSET = (None, False, "", 0, 0.0, [], "no", "False")
+UNSUPPORTED_FLAGS = {
+    "label_smoothing_factor": "dpo_training.py has --label_smoothing",
+    "neftune_noise_alpha": "supervised_finetuning.py has --neft_alpha",
+    "load_best_model_at_end": "take the checkpoint you want from --output_dir",
+    "auto_find_batch_size": "set --per_device_train_batch_size; a step's memory is said before the first one",
+    "push_to_hub": "upload the merged model with hf upload",
+    "use_liger_kernel": "the projection is already computed for trained positions only, in chunks",
+    "enable_jit_checkpoint": "a signal saves a whole checkpoint anyway",
+    "ignore_data_skip": "a resumed run would train other rows than an uninterrupted one",
+    "save_only_model": "such a checkpoint cannot be resumed",
+    "bf16_full_eval": "evaluation computes as training does",
+    "fp16_full_eval": "evaluation computes as training does",
+    "include_num_input_tokens_seen": "tokens per second are logged anyway",
+    "torch_compile": "not supported yet",
+    "fsdp": "not supported yet; torchrun with one process per GPU is",
+    "deepspeed": "not supported yet; torchrun with one process per GPU is",
+}
+REPORTERS = ("none", "tensorboard", "wandb", "swanlab", "mlflow", "trackio")
+
 COMMON_DEFAULTS = {
+    "gradient_accumulation_steps": DEFAULT_ACCUMULATION,
     "do_train": True,
     "do_eval": True,
     "learning_rate": 2e-4,
@@ -283,76 +317,47 @@ COMMON_DEFAULTS = {
     "logging_nan_inf_filter": False,
 }
 
-RENAMED_FLAGS = {
-    "--warmup_ratio": "--warmup_steps",  # a float below 1 is a share of the steps
-    "--evaluation_strategy": "--eval_strategy",
-    "--no_cuda": "--use_cpu",
-    "--activation_checkpointing": "--gradient_checkpointing",
-    "--per_gpu_train_batch_size": "--per_device_train_batch_size",
-    "--per_gpu_eval_batch_size": "--per_device_eval_batch_size",
-}
-GONE_FLAGS = {
-    "--logging_dir": "leave it out, TensorBoard's files are always in logs/ of --output_dir",
-    "--group_by_length": "leave it out, rows need no padding (or: --train_sampling_strategy group_by_length)",
-    "--save_safetensors": "leave it out, weights are always saved as safetensors",
-    "--preprocessing_only": "leave it out, data is checked before a model is loaded anyway",
-}
 
+@dataclass(frozen=True)
+class StageFlags:
+    """Every flag of a stage, by what it is about.
 
-class FlagParser(HfArgumentParser):
-    """argparse that refuses in one line and knows no abbreviations."""
-
-    def error(self, message: str) -> None:
-        """Raise instead of printing a page of usage."""
-        raise ConfigError(f"{message}; --help lists the flags")
-
-
-def translate_flags(argv: Sequence[str]) -> list[str]:
-    """Give flags that the libraries removed their new names, and refuse those without one.
-
-    Raises:
-        ConfigError: the flag is gone; says what takes its place.
+    Attributes:
+        chat: None in a stage that reads plain texts.
+        own: what only this stage has.
+        run: the training loop.
     """
-    translated = []
-    for arg in argv:
-        name, equals, value = arg.partition("=")
-        if name in GONE_FLAGS:
-            raise ConfigError(f"{name} no longer exists: {GONE_FLAGS[name]}")
-        translated.append(RENAMED_FLAGS.get(name, name) + equals + value)
-    return translated
+
+    model: ModelArguments
+    adapter: AdapterArguments
+    data: DataArguments
+    chat: ChatArguments | None
+    own: Any
+    run: StageArguments
+
+    def groups(self) -> list[Any]:
+        """Return the argument dataclasses that are there."""
+        return [
+            g for g in (self.model, self.adapter, self.data, self.chat, self.own, self.run) if g is not None
+        ]
 
 
-def parse_arguments(
-    argv: Sequence[str], types: Sequence[type], description: str, defaults: dict[str, Any]
-) -> tuple:
-    """Return one instance per argument dataclass.
+def parse_stage(argv: Sequence[str], own: type, description: str, defaults: dict[str, Any]) -> StageFlags:
+    """Return the flags of a stage that reads conversations; see `parse_arguments`.
 
     Args:
-        types: dataclasses; a stage has StageArguments among them, and with it COMMON_DEFAULTS.
-        defaults: the script's own defaults.
-
-    Raises:
-        ConfigError: an unknown flag (the nearest name is given), a wrong value, a forbidden combination.
+        own: the dataclass of what only this stage has.
     """
-    parser = FlagParser(
-        types,
-        allow_abbrev=False,
-        description=description,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    types = (ModelArguments, AdapterArguments, DataArguments, ChatArguments, own, StageArguments)
+    return StageFlags(*parse_arguments(argv, types, description, COMMON_DEFAULTS | defaults))
+
+
+def parse_text_stage(
+    argv: Sequence[str], own: type, description: str, defaults: dict[str, Any]
+) -> StageFlags:
+    """Return the flags of a stage that reads plain texts; see `parse_arguments`."""
+    types = (ModelArguments, AdapterArguments, DataArguments, own, StageArguments)
+    model, adapter, data, own_arguments, run = parse_arguments(
+        argv, types, description, COMMON_DEFAULTS | defaults
     )
-    parser.set_defaults(**(COMMON_DEFAULTS if StageArguments in types else {}) | defaults)
-    try:
-        *parsed, unknown = parser.parse_args_into_dataclasses(
-            args=translate_flags(argv), return_remaining_strings=True, look_for_args_file=False
-        )
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise ConfigError(str(error).splitlines()[0]) from None
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        name = next((arg for arg in unknown if arg.startswith("-")), unknown[0]).partition("=")[0]
-        near = difflib.get_close_matches(name, flags, n=1)
-        raise ConfigError(
-            f"unknown argument {name!r}"
-            + (f"; did you mean {near[0]}?" if near else "; --help lists the flags")
-        )
-    return tuple(parsed)
+    return StageFlags(model, adapter, data, None, own_arguments, run)

@@ -5,7 +5,9 @@ write that was interrupted leaves a `.partial` sibling, or nothing, and never so
 """
 
 import contextlib
+import ctypes
 import difflib
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,10 +21,15 @@ from pathlib import Path
 
 from medicalgpt.errors import ConfigError, ModelError, RunError
 
+from safetensors import SafetensorError
+
 MANIFEST = "MANIFEST.json"
 PARTIAL = ".partial"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 MEBIBYTE = 2**20
+SAMPLE = 4096  # bytes of every tensor that a fingerprint reads
+WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
@@ -47,14 +54,13 @@ def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield partial
         seal(partial)
         replace_directory(partial, target)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(
-            f"{target} could not be written: {error.strerror or error}; "
-            f"{free_space(target)} free; nothing was changed"
-        ) from None
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if is_write_error(error):
+            raise RunError(
+                f"{target} could not be written: {str(error).splitlines()[0]}; {free_space(target)} free; "
+                "nothing was changed"
+            ) from None
         raise
 
 
@@ -74,13 +80,45 @@ def seal(directory: Path) -> None:
     fsync(directory)
 
 
+def is_write_error(error: BaseException) -> bool:
+    """Return whether a disk, and not a mistake, kept something from being written."""
+    if isinstance(error, SafetensorError):
+        return "I/O" in str(error) or "os error" in str(error)
+    if isinstance(error, RuntimeError):
+        return "PytorchStreamWriter" in str(error)
+    return isinstance(error, OSError) and error.errno in WRITE_ERRORS
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Let two paths change places in one step; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    return renameat2(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE) == 0
+
+
 def replace_directory(source: Path, target: Path) -> None:
-    """Rename `source` to `target`; what `target` held is deleted only after."""
+    """Put `source` in the place of `target`; what `target` held is deleted only after.
+
+    Both change places in one step where the file system can, so that a kill finds one or the other there.
+    """
+    if not target.is_dir():
+        os.rename(source, target)
+        fsync(target.parent)
+        return
+    if exchange(source, target):
+        fsync(target.parent)
+        shutil.rmtree(source, ignore_errors=True)
+        return
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
-    if target.is_dir():
-        os.rename(target, old)
-    os.rename(source, target)
+    os.rename(target, old)
+    try:
+        os.rename(source, target)
+    except OSError:
+        os.rename(old, target)
+        raise
     fsync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -130,7 +168,7 @@ def free_space(path: Path) -> str:
 
 def rotate(output_dir: Path, limit: int | None) -> None:
     """Delete the oldest checkpoints beyond `limit`, by step, after a new one is whole."""
-    if limit:
+    if limit and limit > 0:
         for old in checkpoints(output_dir)[:-limit]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -144,18 +182,27 @@ def why_not_whole(directory: Path) -> str | None:
     if not manifest.is_file():
         return f"no {MANIFEST}"
     try:
-        entries = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError):
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        entries = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
-    for name, entry in entries.items():
+    for name, size, digest in entries:
         path = directory / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["size"]:
-            return f"{name} has {path.stat().st_size} bytes, not {entry['size']}"
-        if sha256(path) != entry["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        if sha256(path) != digest:
             return f"{name} has other content than was written"
     return None
+
+
+def manifest_files(directory: Path) -> list[str]:
+    """Return the names of the files that a directory's manifest lists; none if it cannot be read."""
+    try:
+        return list(json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -191,28 +238,42 @@ def newest_whole(output_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def fingerprint(directory: Path) -> str:
-    """Return a fingerprint of weights: sha256 over header, first and last MiB of every safetensors file.
+    """Return a fingerprint of a model's weights, quickly, whatever its size.
 
-    Fast on any size, and different for two fine-tunes of one model.
+    sha256 over the header of every safetensors file, its first and last MiB, and the middle of every tensor:
+    two fine-tunes of one model differ, also when they trained only a few of its layers.
     """
     digest = hashlib.sha256()
     for path in sorted(directory.glob("*.safetensors")):
         size = path.stat().st_size
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            digest.update(size.to_bytes(8, "little"))
-            digest.update(file.read(min(length, size)))
-            digest.update(file.read(MEBIBYTE))
+            length = min(int.from_bytes(file.read(8), "little"), size)
+            header = file.read(length)
+            digest.update(size.to_bytes(8, "little") + header + file.read(MEBIBYTE))
             file.seek(max(0, size - MEBIBYTE))
             digest.update(file.read())
+            for offset in tensor_middles(header):
+                file.seek(8 + length + offset)
+                digest.update(file.read(SAMPLE))
     return digest.hexdigest()[:32]
+
+
+def tensor_middles(header: bytes) -> list[int]:
+    """Return where the middle of every tensor lies behind a header; none if the header is damaged."""
+    try:
+        entries = json.loads(header)
+        spans = [entry["data_offsets"] for name, entry in sorted(entries.items()) if name != "__metadata__"]
+        return [(start + end) // 2 for start, end in spans]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []
 
 
 def nearest_path(path: Path) -> str:
     """Return `; did you mean …?` for a path that does not exist, or nothing."""
     if not path.parent.is_dir():
         return ""
-    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], n=1)
+    names = [p.name for p in path.parent.iterdir() if p.is_dir() and p.name != path.name]
+    close = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else ""
 
 

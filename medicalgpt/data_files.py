@@ -76,7 +76,7 @@ def read_text_file(path: Path) -> str:
         raise DataError(f"{path}:1: the file is empty; remove it or fill it")
     head = data[:64].lstrip()
     for magic, what in NOT_TEXT.items():
-        if data.startswith(magic) or head.lower().startswith(magic.lower()):
+        if head.lower().startswith(magic.lower()):
             raise DataError(f"{path}:1: the file is {what}")
     try:
         text = data.decode("utf-8-sig")
@@ -85,6 +85,8 @@ def read_text_file(path: Path) -> str:
         raise DataError(
             f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
         ) from None
+    if not text.strip():
+        raise DataError(f"{path}:1: the file is blank; remove it or fill it")
     if "\0" in text:
         raise DataError(
             f"{path}:{text.count(chr(10), 0, text.index(chr(0))) + 1}: a NUL character; remove it"
@@ -106,6 +108,7 @@ def reject_duplicates(pairs: list[tuple[str, object]]) -> dict:
     return row
 
 
+BLANKS = re.compile(r"\s*")
 DECODER = json.JSONDecoder(parse_constant=reject_constant, object_pairs_hook=reject_duplicates)
 
 
@@ -119,42 +122,80 @@ def decode_json(text: str, origin: str) -> object:
         value = DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{origin}: not one JSON object: {error.msg} at column {error.colno}; mend the line"
+            f"{origin}: not one JSON object: {error.msg} at column {error.colno}; mend it"
         ) from None
     except (ValueError, RecursionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise DataError(f"{origin}: {what}; mend the line") from None
+        raise DataError(f"{origin}: {reason(error)}; mend it") from None
+    return without_surrogates(value, text, origin)
+
+
+def reason(error: ValueError | RecursionError) -> str:
+    """Return why a value that is well-formed JSON cannot be taken."""
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def without_surrogates(value: object, text: str, origin: str) -> object:
+    """Return the value if none of its strings holds half of a surrogate pair."""
     if "\\u" in text and LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
         raise DataError(f"{origin}: half of a surrogate pair; write the character as UTF-8")
     return value
 
 
 def read_rows(path: Path) -> Iterator[tuple[dict, str]]:
-    """Yield (row, `file:line`) of a .jsonl file or a .json array; blank lines are skipped."""
+    """Yield (row, `file:line`) of a .jsonl file or a .json array; blank lines are skipped.
+
+    Raises:
+        DataError: a line that is no row, or a file without any.
+    """
     text = read_text_file(path)
-    if path.suffix == ".json":
-        yield from read_array(text, path)
-        return
+    empty = True
+    for value, origin in read_array(text, path) if path.suffix == ".json" else read_lines(text, path):
+        yield require_object(value, origin)
+        empty = False
+    if empty:
+        raise DataError(f"{path}:1: the file holds no row; remove it or fill it")
+
+
+def read_lines(text: str, path: Path) -> Iterator[tuple[object, str]]:
+    """Yield (value, `file:line`) of every line that is not blank."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield require_object(decode_json(line.strip(), f"{path}:{number}"), f"{path}:{number}")
+            yield decode_json(line.strip(), f"{path}:{number}"), f"{path}:{number}"
 
 
-def read_array(text: str, path: Path) -> Iterator[tuple[dict, str]]:
-    """Yield (row, `file:line`) of a JSON array of objects, with the line where each object begins."""
-    position = len(text) - len(text.lstrip())
+def read_array(text: str, path: Path) -> Iterator[tuple[object, str]]:
+    """Yield (value, `file:line`) of a JSON array, with the line where each value begins."""
+    position, line = skip_blanks(text, 0, 1)
     if text[position] != "[":
         raise DataError(
-            f"{path}:1: a .json file must hold one array of objects; name it .jsonl if it is lines"
+            f"{path}:{line}: a .json file must hold one array of objects; name it .jsonl if it is lines"
         )
-    decode_json(text, f"{path}:1")  # names what is broken before any row is used
-    blank = re.compile(r"[\s,]*")
-    position = blank.match(text, position + 1).end()
-    while text[position] != "]":
-        origin = f"{path}:{text.count(chr(10), 0, position) + 1}"
-        value, position = DECODER.raw_decode(text, position)
-        yield require_object(value, origin)
-        position = blank.match(text, position).end()
+    position, line = skip_blanks(text, position + 1, line)
+    while text[position : position + 1] != "]":
+        origin = f"{path}:{line}"
+        try:
+            value, end = DECODER.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}:{error.lineno}: {error.msg} at column {error.colno}; mend it") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{origin}: {reason(error)}; mend it") from None
+        yield without_surrogates(value, text[position:end], origin), origin
+        line += text.count("\n", position, end)
+        position, line = skip_blanks(text, end, line)
+        if text[position : position + 1] == ",":
+            position, line = skip_blanks(text, position + 1, line)
+            if text[position : position + 1] == "]":
+                raise DataError(f"{path}:{line}: a comma before the end of the array; remove it")
+        elif text[position : position + 1] != "]":
+            raise DataError(f"{path}:{line}: expected ',' or ']' after a row; the file may be cut off")
+    if text[position + 1 :].strip():
+        raise DataError(f"{path}:{line}: text after the end of the array; remove it, or name the file .jsonl")
+
+
+def skip_blanks(text: str, position: int, line: int) -> tuple[int, int]:
+    """Return (position, line) of the next character that is no white space."""
+    end = BLANKS.match(text, position).end()
+    return end, line + text.count("\n", position, end)
 
 
 def require_object(value: object, origin: str) -> tuple[dict, str]:

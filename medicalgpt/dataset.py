@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from medicalgpt.arguments import DataArguments
+from medicalgpt.arguments import DataArguments, StageFlags
 from medicalgpt.data_files import find_files, fingerprint_files
-from medicalgpt.errors import DataError
-from medicalgpt.records import Parser, Record, RowLog, hold_out, read_hub_rows, read_records, without_shared
+from medicalgpt.errors import ConfigError, DataError
+from medicalgpt.records import Parser, Record, RowLog, hold_out, read_records, without_shared
+
+from huggingface_hub import HfApi, constants
 
 
 @dataclass
@@ -29,13 +33,7 @@ class Data:
 
 
 def load_data(
-    args: DataArguments,
-    parse: Parser,
-    suffixes: tuple[str, ...],
-    *,
-    do_eval: bool,
-    txt_documents: str = "file",
-    cache_dir: str | None = None,
+    flags: StageFlags, parse: Parser, suffixes: tuple[str, ...], *, txt_documents: str = "file"
 ) -> Data:
     """Read and check every row.
 
@@ -46,7 +44,7 @@ def load_data(
     Raises:
         ConfigError: a path that does not exist. DataError: a row or file that cannot be used.
     """
-    log = RowLog()
+    args, do_eval, cache_dir, log = flags.data, flags.run.do_eval, flags.model.cache_dir, RowLog()
     if args.dataset_name:
         records, files = read_dataset(args, parse, log, cache_dir)
     else:
@@ -96,3 +94,29 @@ def read_dataset(
     if not records:
         raise DataError(f"--dataset_name {args.dataset_name}: no usable row: {'; '.join(log.lines())}")
     return records, {args.dataset_name: digest.hexdigest()}
+
+
+def read_hub_rows(name: str, config: str | None, cache_dir: str | None) -> Iterator[tuple[dict, str]]:
+    """Yield (row, `name[index]`) of a hub data set's train split.
+
+    Raises:
+        ConfigError: the data set cannot be had.
+    """
+    from datasets import load_dataset  # noqa: PLC0415  (a second that a local file need not pay)
+
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            HfApi().dataset_info(
+                name, timeout=10
+            )  # answers at once where load_dataset would try for half a minute
+        rows = load_dataset(name, config, split="train", cache_dir=cache_dir)
+    except Exception as error:
+        first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise ConfigError(
+            f"--dataset_name {name} cannot be loaded: {first}; with no hub, download the files and "
+            "give --train_file_dir"
+        ) from None
+    for index, row in enumerate(rows):
+        yield {key: value for key, value in row.items() if value is not None}, f"{name}[{index}]"

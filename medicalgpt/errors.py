@@ -4,6 +4,7 @@
 75 stopped by a signal after a whole checkpoint, resumable · 130 second Ctrl-C
 """
 
+import importlib.util
 import logging
 import os
 import signal
@@ -50,6 +51,20 @@ class StoppedError(MedicalGPTError):
     """Stopped by a signal after a whole checkpoint; the same command continues."""
 
     exit_code = 75
+
+
+def require_packages(*names: str) -> None:
+    """End with one line where a package of requirements.txt is not installed in this Python.
+
+    Called before the packages are imported, whose absence would be a traceback otherwise.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.stderr.write(
+            f"error: {', '.join(missing)} not installed in {sys.executable}; run "
+            "source .venv/bin/activate, or pip install -r requirements.txt\n"
+        )
+        sys.exit(ConfigError.exit_code)
 
 
 def is_main_rank() -> bool:

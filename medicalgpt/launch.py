@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 
 ACCUMULATION = "--gradient_accumulation_steps"
+DEFAULT_ACCUMULATION = 4  # of every stage
 STOPPED = 75
 
 
@@ -23,7 +24,8 @@ def split_command(argv: Sequence[str]) -> tuple[list[str], str, list[str]]:
     """Split a torchrun command line into (its options, the script, the script's arguments)."""
     place = next((i for i, arg in enumerate(argv) if arg.endswith(".py")), None)
     if place is None:
-        sys.exit("error: no script on the command line; expected torchrun --nproc_per_node N SCRIPT.py …")
+        sys.stderr.write("error: no script on the line; expected torchrun --nproc_per_node N SCRIPT.py …\n")
+        sys.exit(2)
     return list(argv[:place]), argv[place], list(argv[place + 1 :])
 
 
@@ -31,11 +33,21 @@ def last_value(arguments: Sequence[str], name: str) -> str | None:
     """Return the value of the last `name VALUE` or `name=VALUE`, as argparse would take it."""
     value = None
     for index, arg in enumerate(arguments):
-        if arg == name and index + 1 < len(arguments):
-            value = arguments[index + 1]
-        elif arg.startswith(name + "="):
-            value = arg.partition("=")[2]
+        flag, equals, inline = arg.partition("=")
+        if flag.replace("-", "_") == name.replace("-", "_"):
+            value = inline if equals else arguments[index + 1] if index + 1 < len(arguments) else None
     return value
+
+
+def number(arguments: Sequence[str], name: str, default: int) -> int:
+    """Return the value of a flag as a number of 1 or more; anything else ends the launch with one line."""
+    value = last_value(arguments, name)
+    if value is None:
+        return default
+    if not value.isdecimal() or int(value) < 1:
+        sys.stderr.write(f"error: {name} {value} is not allowed; expected a number of 1 or more\n")
+        sys.exit(2)
+    return int(value)
 
 
 def visible_gpus(environment: Mapping[str, str]) -> list[str]:
@@ -47,7 +59,8 @@ def visible_gpus(environment: Mapping[str, str]) -> list[str]:
     named = environment.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return [str(i) for i in range(count)]
-    return [gpu for gpu in named.split(",") if gpu.strip() and (not gpu.isdigit() or int(gpu) < count)]
+    gpus = [gpu.strip() for gpu in named.split(",") if gpu.strip()]
+    return [gpu for gpu in gpus if not gpu.isdecimal() or int(gpu) < count]
 
 
 def fit_processes(named: int, available: int, accumulation: int) -> tuple[int, int]:
@@ -66,18 +79,19 @@ def plan(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str]
     environment = dict(environment)
     if any(option.startswith(("--nnodes", "--rdzv", "--master")) for option in options):
         return ["torchrun", *options, script, *arguments], environment, None
-    named = int(last_value(options, "--nproc_per_node") or last_value(options, "--nproc-per-node") or 1)
-    accumulation = int(last_value(arguments, ACCUMULATION) or 1)
+    named = number(options, "--nproc_per_node", 1)
+    accumulation = number(arguments, ACCUMULATION, DEFAULT_ACCUMULATION)
     gpus = visible_gpus(environment)
     processes, new_accumulation = fit_processes(named, len(gpus), accumulation)
     message = None
     if processes < named:
         arguments += [ACCUMULATION, str(new_accumulation)]
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[:processes])
         message = (
             f"launch: {len(gpus)} of {named} GPUs are there, so processes={processes} with "
             f"{ACCUMULATION} {new_accumulation} instead of {accumulation} (same effective batch)"
         )
+    if processes < named or processes == 1:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[:processes])
     if processes == 1:
         return ["python", script, *arguments], environment, message
     return (

@@ -174,7 +174,7 @@ def add_adapters(model: PreTrainedModel, args: AdapterArguments) -> PeftModel:
     """Put LoRA (arXiv:2106.09685) on the base, or load `peft_path`; whatever is trained is float32.
 
     Raises:
-        ConfigError: --target_modules names layers that the model does not have.
+        ConfigError: --target_modules or --modules_to_save name layers that the model does not have.
         ModelError: the adapter of --peft_path does not fit.
     """
     model.requires_grad_(False)
@@ -192,24 +192,26 @@ def add_adapters(model: PreTrainedModel, args: AdapterArguments) -> PeftModel:
             modules_to_save=modules_to_save,
             ensure_weight_tying=bool(modules_to_save) and tied,
         )
-        try:
-            adapted = get_peft_model(model, config)
-        except ValueError as error:
-            linear = sorted(
-                {
-                    name.rpartition(".")[2]
-                    for name, module in model.named_modules()
-                    if isinstance(module, torch.nn.Linear)
-                }
-            )
-            raise ConfigError(
-                f"--target_modules {args.target_modules} --modules_to_save {args.modules_to_save}: "
-                f"{first_line(error)[:150]}; this model's linear layers are {', '.join(linear)}"
-            ) from None
+        check_layer_names(
+            model, "--target_modules", None if args.target_modules == "all" else config.target_modules
+        )
+        check_layer_names(model, "--modules_to_save", modules_to_save)
+        adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return adapted
+
+
+def check_layer_names(model: PreTrainedModel, flag: str, wanted: list[str] | None) -> None:
+    """Refuse names that no layer of the model ends with."""
+    layers = [
+        name for name, module in model.named_modules() if name and list(module.parameters(recurse=False))
+    ]
+    for name in wanted or ():
+        if not any(layer == name or layer.endswith("." + name) for layer in layers):
+            known = sorted({layer.rpartition(".")[2] for layer in layers})
+            raise ConfigError(f"{flag} {name}: the model has no such layer; it has {', '.join(known)}")
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path, *, is_trainable: bool = False) -> PeftModel:

@@ -9,15 +9,14 @@ A wrong row is refused as `file:line: field: what; mend`. Standard library only,
 """
 
 import hashlib
-import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from medicalgpt.data_files import read_rows, read_text_file
-from medicalgpt.errors import ConfigError, DataError
+from medicalgpt.errors import DataError
 
 SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 OPENAI_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -171,12 +170,12 @@ def parse_text(row: dict, origin: str, log: RowLog) -> Text:
 def parse_chat(row: dict, origin: str, log: RowLog) -> Chat | None:
     """A ShareGPT or OpenAI row → Chat. A last question without answer is dropped and counted."""
     messages = parse_messages(row, origin)
+    if not any(message.role == "assistant" for message in messages):
+        log.add("row_without_answer_dropped", origin)
+        return None
     if messages[-1].role == "user":
         log.add("unanswered_question_dropped", origin)
         messages.pop()
-    if not messages or messages[-1].role == "system":
-        log.add("no_answer", origin)
-        return None
     return Chat(tuple(messages), origin)
 
 
@@ -186,7 +185,8 @@ def parse_pair(row: dict, origin: str, log: RowLog) -> Pair | None:
         prompt = parse_messages(row, origin)
         if prompt[-1].role != "user":
             raise DataError(
-                f"{origin}: conversations: ends with an answer; a pair's prompt ends with a human turn"
+                f"{origin}: {'messages' if 'messages' in row else 'conversations'}: ends with an answer; "
+                "a pair's prompt ends with a question"
             )
         chosen, rejected = "chosen", "rejected"
     else:
@@ -203,9 +203,9 @@ def parse_pair(row: dict, origin: str, log: RowLog) -> Pair | None:
 def parse_history(row: dict, origin: str) -> list[Message]:
     """Return the optional `system` and `history` ([[question, answer], …]) of a pair as messages."""
     messages = []
-    if row.get("system"):
+    if row.get("system") not in (None, ""):
         messages.append(Message("system", require_text(row, "system", origin)))
-    history = row.get("history") or []
+    history = [] if row.get("history") is None else row["history"]
     if not isinstance(history, list):
         raise DataError(f"{origin}: history: is {type(history).__name__}; expected [[question, answer], …]")
     for index, turn in enumerate(history):
@@ -240,12 +240,9 @@ def read_records(
         if path.suffix == ".txt":
             records += split_txt(path, txt_documents)
             continue
-        before = len(records)
         records += (
             record for row, origin in read_rows(path) if (record := parse(row, origin, log)) is not None
         )
-        if len(records) == before and not log.counts:
-            raise DataError(f"{path}:1: holds no row")
     if not records:
         raise DataError(f"no usable row in {', '.join(map(str, files))}: {'; '.join(log.lines())}")
     return records
@@ -256,13 +253,14 @@ def split_txt(path: Path, txt_documents: str) -> list[Text]:
     text = read_text_file(path).replace("\r\n", "\n")
     if txt_documents == "file":
         return [Text(text.strip("\n"), f"{path}:1")]
-    separator = r"\n[ \t]*\n\s*" if txt_documents == "blank" else r"\n"
-    documents, start = [], 0
-    for match in [*re.finditer(separator, text), None]:
-        part = text[start : match.start() if match else len(text)].strip("\n")
-        if part.strip():
-            documents.append(Text(part, f"{path}:{text.count(chr(10), 0, start) + 1}"))
-        start = match.end() if match else start
+    documents, part, begin = [], [], 1
+    for number, line in enumerate([*text.split("\n"), ""], 1):
+        if line.strip():
+            begin = begin if part else number
+            part.append(line)
+        if part and (txt_documents == "line" or not line.strip()):
+            documents.append(Text("\n".join(part), f"{path}:{begin}"))
+            part = []
     return documents
 
 
@@ -275,7 +273,7 @@ def key_hash(record: Record) -> int:
 
 
 def hold_out(records: list[Record], percentage: float) -> tuple[list[Record], list[Record]]:
-    """Split records into (training, validation) by a hash of the prompt; at least one row is held out.
+    """Split records into (training, validation) by a hash of the prompt; neither side is empty.
 
     Args:
         percentage: share of validation rows, in percent.
@@ -284,10 +282,10 @@ def hold_out(records: list[Record], percentage: float) -> tuple[list[Record], li
         DataError: all rows share one prompt, so that none can be held out.
     """
     hashes = [key_hash(record) for record in records]
-    limit = max(int(percentage / 100 * 2**64), min(hashes) + 1)
+    limit = min(max(int(percentage / 100 * 2**64), min(hashes) + 1), max(hashes))
     train = [record for record, value in zip(records, hashes, strict=True) if value >= limit]
     held = [record for record, value in zip(records, hashes, strict=True) if value < limit]
-    if not train:
+    if not train or not held:
         raise DataError(
             f"{records[0].origin}: all {len(records)} rows share one prompt, so none can be held out; "
             "add rows or use --do_eval False"
@@ -299,26 +297,3 @@ def without_shared(records: list[Record], train: list[Record]) -> list[Record]:
     """Return the validation records whose prompt does not occur in training."""
     seen = {key_hash(record) for record in train}
     return [record for record in records if key_hash(record) not in seen]
-
-
-# ---- hub data sets -----------------------------------------------------------------------------------------
-
-
-def read_hub_rows(name: str, config: str | None, cache_dir: str | None) -> Iterator[tuple[dict, str]]:
-    """Yield (row, `name[index]`) of a hub data set's train split.
-
-    Raises:
-        ConfigError: the data set cannot be had.
-    """
-    from datasets import load_dataset  # noqa: PLC0415  (3 s that a local file need not pay)
-
-    try:
-        rows = load_dataset(name, config, split="train", cache_dir=cache_dir)
-    except Exception as error:
-        first = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise ConfigError(
-            f"--dataset_name {name} cannot be loaded: {first}; with no hub, download the files and "
-            "give --train_file_dir"
-        ) from None
-    for index, row in enumerate(rows):
-        yield {key: value for key, value in row.items() if value is not None}, f"{name}[{index}]"

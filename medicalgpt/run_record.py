@@ -7,7 +7,16 @@ import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from medicalgpt.checkpoint import PARTIAL, checkpoints, fingerprint, why_not_whole, write_json
+from medicalgpt.arguments import StageFlags
+from medicalgpt.checkpoint import (
+    MANIFEST,
+    PARTIAL,
+    checkpoints,
+    fingerprint,
+    manifest_files,
+    why_not_whole,
+    write_json,
+)
 from medicalgpt.errors import ConfigError, ModelError
 
 RUN_FILE = "run.json"
@@ -76,9 +85,9 @@ def plain(value: object) -> object:
     return value if value is None or isinstance(value, str | int | float | bool) else str(value)
 
 
-def flags_of(*arguments: object) -> dict[str, object]:
-    """Return every flag of the argument dataclasses with its value."""
-    return {f.name: plain(getattr(group, f.name)) for group in arguments for f in fields(group)}
+def values_of(flags: StageFlags) -> dict[str, object]:
+    """Return every flag of a stage with its value."""
+    return {f.name: plain(getattr(group, f.name)) for group in flags.groups() for f in fields(group)}
 
 
 def versions() -> dict[str, str]:
@@ -92,17 +101,17 @@ class RunRecord:
 
     output_dir: Path
     content: dict
+    checkpoint: str | None = None  # to continue from
 
     @classmethod
     def begin(
         cls,
         stage: str,
-        arguments: tuple,
+        flags: StageFlags,
         *,
         base: dict,
         data: dict,
         template: str | None,
-        world_size: int,
         parent: dict | None,
     ) -> "RunRecord":
         """Describe the run that a command asks for.
@@ -112,27 +121,24 @@ class RunRecord:
             data: {file: sha256}.
             parent: the base's own run.json, if it has one.
         """
-        flags = flags_of(*arguments)
-        identity = {name: value for name, value in flags.items() if name not in NEUTRAL_FLAGS}
-        identity |= {
-            "base": base["fingerprint"],
-            "data": sorted(data.values()),
-            "template": template,
-            "world_size": world_size,
-        } | {f"version of {name}": value for name, value in versions().items()}
+        values = values_of(flags)
+        identity = {name: value for name, value in values.items() if name not in NEUTRAL_FLAGS}
+        identity |= {"base": base["fingerprint"], "data": sorted(data.values()), "template": template}
+        identity |= {"world_size": flags.run.world_size}
+        identity |= {f"version of {name}": value for name, value in versions().items()}
         content = {
             "stage": stage,
             "status": "running",
             "template": template,
             "base": base,
             "data": {"files": data},
-            "arguments": flags,
+            "arguments": values,
             "identity": identity,
             "versions": versions(),
-            "seed": flags.get("seed"),
+            "seed": flags.run.seed,
             "parent": parent,
         }
-        return cls(Path(flags["output_dir"]), content)
+        return cls(Path(flags.run.output_dir), content)
 
     def save(self, **more: object) -> None:
         """Write run.json into the output directory, with what has become known."""
@@ -140,19 +146,36 @@ class RunRecord:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(self.output_dir / RUN_FILE, self.content)
 
-    def compare(self) -> bool:
+    def check_place(self) -> None:
+        """Refuse an output directory that is a file, or holds something that is no run of this toolkit.
+
+        Raises:
+            ConfigError: says what is there.
+        """
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise ConfigError(f"--output_dir {self.output_dir} is a file; expected a directory")
+        old = read_run(self.output_dir)
+        if old is None and self.output_dir.is_dir() and any(self.contents()):
+            raise ConfigError(
+                f"--output_dir {self.output_dir} is not empty and holds no {RUN_FILE} of this toolkit; use "
+                "another directory"
+            )
+        if old is not None and "identity" not in old:
+            raise ConfigError(f"--output_dir {self.output_dir} holds a merged model; use another directory")
+
+    def is_complete(self) -> bool:
         """Return True when the output directory already holds this very run, complete.
 
         Raises:
-            ConfigError: it holds another run (the differences are listed, old → new) or something else.
+            ConfigError: it holds another run; the differences are listed, old → new.
         """
         old = read_run(self.output_dir)
         if old is None:
-            self.refuse_foreign()
             return False
+        names = sorted({*old["identity"], *self.content["identity"]})
         changes = [
             f"{name}: {shorten(old['identity'].get(name))} → {shorten(self.content['identity'].get(name))}"
-            for name in sorted({*old["identity"], *self.content["identity"]})
+            for name in names
             if old["identity"].get(name) != self.content["identity"].get(name)
         ]
         if old["stage"] != self.content["stage"]:
@@ -162,32 +185,21 @@ class RunRecord:
                 f"{self.output_dir} holds another run ({'; '.join(changes)}); go back to those values to "
                 "continue it, use another --output_dir, or replace it with --overwrite_output_dir True"
             )
-        self.content |= {name: value for name, value in old.items() if name in ("status", "rows", "results")}
         return old["status"] == "complete" and why_not_whole(self.output_dir) is None
 
-    def refuse_foreign(self) -> None:
-        """Refuse a directory with content that is no run of this toolkit."""
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise ConfigError(f"--output_dir {self.output_dir} is a file; expected a directory")
-        if self.output_dir.is_dir() and (checkpoints(self.output_dir) or any(self.others())):
-            raise ConfigError(
-                f"--output_dir {self.output_dir} is not empty and holds no {RUN_FILE} of this toolkit; use "
-                "another directory"
-            )
-
-    def others(self) -> list[Path]:
+    def contents(self) -> list[Path]:
         """Return what the directory holds besides the lock, logs and unfinished writes."""
-        return [
-            path
-            for path in self.output_dir.iterdir()
-            if path.name not in (".lock", "logs", RUN_FILE) and not path.name.endswith(PARTIAL)
-        ]
+        own = (".lock", "logs", RUN_FILE)
+        return [p for p in self.output_dir.iterdir() if p.name not in own and not p.name.endswith(PARTIAL)]
 
     def clear(self) -> None:
-        """Remove the run that the directory holds, never anything else."""
+        """Remove the run that the directory holds: what it wrote, and nothing that somebody put beside it."""
         if read_run(self.output_dir) is None:
             return
-        for path in [*self.others(), self.output_dir / "logs", self.output_dir / RUN_FILE]:
+        written = [self.output_dir / name for name in manifest_files(self.output_dir)]
+        partial = list(self.output_dir.glob(f"*{PARTIAL}"))
+        own = [self.output_dir / name for name in (MANIFEST, "logs", RUN_FILE)]
+        for path in [*checkpoints(self.output_dir), *partial, *written, *own]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

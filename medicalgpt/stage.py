@@ -6,20 +6,21 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from medicalgpt.arguments import AdapterArguments, ModelArguments, StageArguments
+from medicalgpt.arguments import StageArguments, StageFlags
+from medicalgpt.chat_template import export_template, resolve_template
 from medicalgpt.checkpoint import PARTIAL, fingerprint, lock, newest_whole, publish, why_not_whole, write_json
 from medicalgpt.collator import example_length
 from medicalgpt.dataset import Data
 from medicalgpt.engine import FlatLM
 from medicalgpt.errors import ConfigError, DataError, ModelError, StoppedError, is_main_rank
-from medicalgpt.model_files import load_config
+from medicalgpt.model_files import adapter_settings, load_config, load_tokenizer, resolve_model_dir
 from medicalgpt.modeling import add_adapters, choose_dtype, load_base, scaled_rope
 from medicalgpt.probe import bytes_saved_for_backward, confines_documents, free_memory
-from medicalgpt.run_record import RunRecord, read_run
-from medicalgpt.tokenization import IGNORE_INDEX
+from medicalgpt.run_record import RunRecord, read_run, recorded_template
+from medicalgpt.tokenization import IGNORE_INDEX, ChatEncoder, ChatFormat
 from medicalgpt.trainer import StageTrainer
 
 import numpy as np
@@ -29,28 +30,79 @@ from transformers import PreTrainedTokenizerBase, set_seed
 logger = logging.getLogger("medicalgpt")
 
 
-# ---- the run -----------------------------------------------------------------------------------------------
+# ---- base and run ------------------------------------------------------------------------------------------
 
 
-def open_run(
-    stage: str, arguments: tuple, args: StageArguments, base_dir: Path, data: Data, template: str | None
-) -> RunRecord | None:
+@dataclass(frozen=True)
+class Base:
+    """The model that a stage starts from.
+
+    Attributes:
+        chat_format: None in a stage that reads plain texts.
+    """
+
+    directory: Path
+    tokenizer: PreTrainedTokenizerBase
+    chat_format: ChatFormat | None
+
+    @property
+    def template_name(self) -> str | None:
+        """The name of the chat format."""
+        return self.chat_format.template.name if self.chat_format else None
+
+    def save_tokenizer(self, directory: Path) -> None:
+        """Write the tokenizer, with the chat template that was trained."""
+        if self.chat_format:
+            export_template(self.tokenizer, self.chat_format)
+        self.tokenizer.save_pretrained(directory)
+
+
+def open_base(flags: StageFlags) -> Base:
+    """Find the base and its tokenizer, and decide on the chat format. No weight is loaded yet.
+
+    Raises:
+        ConfigError: no such directory, or a template that contradicts the model. ModelError: no model in it.
+    """
+    model, remote_code = flags.model, flags.model.trust_remote_code
+    directory = resolve_model_dir(
+        model.model_name_or_path, "--model_name_or_path", model.cache_dir, remote_code=remote_code
+    )
+    load_config(directory, trust_remote_code=remote_code)
+    tokenizer_name = model.tokenizer_name_or_path or str(directory)
+    tokenizer = load_tokenizer(
+        resolve_model_dir(tokenizer_name, "--tokenizer_name_or_path", model.cache_dir),
+        trust_remote_code=remote_code,
+    )
+    if flags.adapter.peft_path:
+        adapter_settings(Path(flags.adapter.peft_path))
+    if flags.chat is None:
+        return Base(directory, tokenizer, None)
+    template = resolve_template(
+        tokenizer,
+        flags.chat.template_name,
+        recorded=recorded_template(directory),
+        force=flags.chat.force_template,
+    )
+    return Base(directory, tokenizer, ChatFormat.of(template, tokenizer))
+
+
+def open_run(stage: str, flags: StageFlags, base: Base, data: Data) -> RunRecord | None:
     """Return the record of a new or interrupted run, or None when the same run is already complete.
 
     Raises:
         ConfigError: the output directory holds another run, is in use, or holds something else.
     """
-    output_dir = Path(args.output_dir)
+    output_dir = Path(flags.run.output_dir)
     record = RunRecord.begin(
         stage,
-        arguments,
-        base={"path": str(base_dir), "fingerprint": fingerprint(base_dir)},
+        flags,
+        base={"path": str(base.directory), "fingerprint": fingerprint(base.directory)},
         data=data.files,
-        template=template,
-        world_size=args.world_size,
-        parent=read_run(base_dir),
+        template=base.template_name,
+        parent=read_run(base.directory),
     )
-    if not args.do_train:
+    record.check_place()
+    if not flags.run.do_train:
         if read_run(output_dir) is not None:
             raise ConfigError(
                 f"--output_dir {output_dir} holds a run; give an evaluation (--do_train False) its own"
@@ -58,15 +110,16 @@ def open_run(
         return record
     if is_main_rank():
         lock(output_dir)
-        if args.overwrite_output_dir:
+        if flags.run.overwrite_output_dir:
             record.clear()
     wait_for_ranks()
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output_dir / "logs" / time.strftime("%Y%m%d-%H%M%S"))
-    if record.compare():
+    if record.is_complete():
         logger.info(
             "already complete: %s (nothing was changed; --overwrite_output_dir True trains anew)", output_dir
         )
         return None
+    record.checkpoint = choose_checkpoint(flags.run)
     return record
 
 
@@ -103,37 +156,46 @@ def choose_checkpoint(args: StageArguments) -> str | None:
     return str(found) if found else None
 
 
+def chat_encoder(flags: StageFlags, base: Base) -> ChatEncoder:
+    """Return the encoder of a stage that reads conversations."""
+    chat = flags.chat
+    return ChatEncoder(
+        base.tokenizer,
+        base.chat_format,
+        max_length=chat.model_max_length,
+        max_source_length=chat.max_source_length,
+        max_target_length=chat.max_target_length,
+    )
+
+
 # ---- the model ---------------------------------------------------------------------------------------------
 
 
 def build_model(
-    model_args: ModelArguments,
-    adapter_args: AdapterArguments,
-    args: StageArguments,
-    base_dir: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    *,
-    neftune_alpha: float | None = None,
+    flags: StageFlags, base: Base, *, max_length: int, neftune_alpha: float | None = None
 ) -> tuple[FlatLM, bool]:
     """Return (model, whether its batches must be padded).
+
+    Args:
+        max_length: the longest text, in tokens, for --rope_scaling.
 
     Raises:
         ModelError: the base does not load, or has fewer embeddings than the tokenizer has tokens.
     """
-    config = load_config(base_dir, trust_remote_code=model_args.trust_remote_code)
+    model_args, args = flags.model, flags.run
+    config = load_config(base.directory, trust_remote_code=model_args.trust_remote_code)
     if model_args.rope_scaling:
         config = scaled_rope(config, model_args.rope_scaling, max_length)
-    dtype = choose_dtype(model_args, adapter_args, bf16=args.bf16, use_cpu=args.use_cpu)
-    lm = load_base(base_dir, config, dtype, model_args, adapter_args.quantization_bits)
-    if len(tokenizer) > lm.get_input_embeddings().num_embeddings:
+    dtype = choose_dtype(model_args, flags.adapter, bf16=args.bf16, use_cpu=args.use_cpu)
+    lm = load_base(base.directory, config, dtype, model_args, flags.adapter.quantization_bits)
+    if len(base.tokenizer) > lm.get_input_embeddings().num_embeddings:
         raise ModelError(
-            f"{base_dir}: the tokenizer has {len(tokenizer)} tokens, the model "
+            f"{base.directory}: the tokenizer has {len(base.tokenizer)} tokens, the model "
             f"{lm.get_input_embeddings().num_embeddings} embeddings; use the tokenizer of this model"
         )
     set_seed(args.seed)  # adapters start from random numbers
-    if adapter_args.use_peft:
-        lm = add_adapters(lm, adapter_args)
+    if flags.adapter.use_peft:
+        lm = add_adapters(lm, flags.adapter)
     model = FlatLM(lm, neftune_alpha=neftune_alpha).to(args.device)
     vocab_size = lm.get_input_embeddings().num_embeddings
     padded = not confines_documents(model, vocab_size)
@@ -146,7 +208,7 @@ def build_model(
     total = sum(p.numel() for p in model.parameters())
     logger.info(
         "model=%s dtype=%s device=%s trainable_parameters=%d (%.2f %% of %d)",
-        base_dir,
+        base.directory,
         str(dtype).removeprefix("torch."),
         args.device,
         trainable,
@@ -232,24 +294,19 @@ def show_example(tokenizer: PreTrainedTokenizerBase, parts: list[tuple[np.ndarra
 # ---- training ----------------------------------------------------------------------------------------------
 
 
-def run_training(
-    trainer: StageTrainer, args: StageArguments, record: RunRecord, save_extra: Callable[[Path], None]
-) -> None:
+def run_training(trainer: StageTrainer, record: RunRecord, base: Base) -> None:
     """Train (or continue), evaluate, and publish the result as one whole.
-
-    Args:
-        save_extra: writes what belongs to the result besides weights, e.g. the tokenizer.
 
     Raises:
         StoppedError: a signal asked for it; a whole checkpoint is there.
     """
+    args = trainer.args
     if not args.do_train:
         publish_evaluation(trainer.evaluate(), Path(args.output_dir))
         return
-    checkpoint = choose_checkpoint(args)
     if is_main_rank():
         record.save()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = trainer.train(resume_from_checkpoint=record.checkpoint)
     if trainer.stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise StoppedError(
             f"after step {trainer.state.global_step} of {trainer.state.max_steps}, with a whole "
@@ -262,27 +319,22 @@ def run_training(
     )
     evaluation = trainer.evaluate() if args.do_eval else {}
     if is_main_rank():
-        publish_result(trainer, args, record, metrics, evaluation, save_extra)
+        publish_result(trainer, record, base, metrics, evaluation)
     wait_for_ranks()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def publish_result(
-    trainer: StageTrainer,
-    args: StageArguments,
-    record: RunRecord,
-    metrics: dict,
-    evaluation: dict,
-    save_extra: Callable[[Path], None],
+    trainer: StageTrainer, record: RunRecord, base: Base, metrics: dict, evaluation: dict
 ) -> None:
     """Write weights, tokenizer, results and run.json beside, then move them into the output directory."""
-    output_dir = Path(args.output_dir)
+    output_dir = Path(trainer.args.output_dir)
     partial = output_dir / f"final{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     trainer.save_model(str(partial), _internal_call=True)
-    save_extra(partial)
+    base.save_tokenizer(partial)
     trainer.state.save_to_json(str(partial / "trainer_state.json"))
     write_results(partial, "train", metrics)
     if evaluation:

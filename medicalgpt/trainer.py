@@ -11,7 +11,15 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from medicalgpt.checkpoint import PARTIAL, free_space, replace_directory, rotate, seal, write_json
+from medicalgpt.checkpoint import (
+    PARTIAL,
+    free_space,
+    is_write_error,
+    replace_directory,
+    rotate,
+    seal,
+    write_json,
+)
 from medicalgpt.errors import RunError, is_main_rank
 from medicalgpt.modeling import load_weights
 from medicalgpt.run_record import RunRecord
@@ -187,8 +195,8 @@ class StageTrainer(Trainer):
                 rotate(output_dir, self.args.save_total_limit)
             self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
-            if not isinstance(error, OSError | SafetensorError) and "PytorchStreamWriter" not in str(error):
-                raise  # another rank failed, not this write
+            if not is_write_error(error):
+                raise
             raise RunError(
                 f"{output_dir / name} could not be written: {str(error).splitlines()[0]}; "
                 f"{free_space(output_dir)} free; older checkpoints are untouched"

@@ -6,17 +6,15 @@ from dataclasses import dataclass, field
 
 from medicalgpt.arguments import (
     COMMON_DEFAULTS,
-    GONE_FLAGS,
-    RENAMED_FLAGS,
     AdapterArguments,
     ChatArguments,
     DataArguments,
     ModelArguments,
     StageArguments,
     cpu_has_fast_bfloat16,
-    parse_arguments,
 )
 from medicalgpt.errors import ConfigError
+from medicalgpt.flags import GONE_FLAGS, RENAMED_FLAGS, parse_arguments
 
 import pytest
 import torch
@@ -37,7 +35,10 @@ def _no_gpu(monkeypatch):
 def parse(line: str, *, needed: str = NEEDED, **defaults):
     """Return the parsed groups of a command line."""
     return parse_arguments(
-        shlex.split(f"{needed} {line}"), TYPES, "description", {"output_dir": "out", **defaults}
+        shlex.split(f"{needed} {line}"),
+        TYPES,
+        "description",
+        COMMON_DEFAULTS | {"output_dir": "out", **defaults},
     )
 
 
@@ -101,7 +102,7 @@ REFUSED = {
     "--use_peft False --load_in_8bit": r"^a quantised base cannot be fine-tuned in full",
     "--use_peft False --peft_path a": r"^--peft_path and --modules_to_save belong to LoRA; use --use_peft True",
     "--use_peft False --modules_to_save lm_head": r"^--peft_path and --modules_to_save belong to LoRA",
-    "--fp16": r"^--fp16 and --bf16 exclude each other$",
+    "--fp16": r"^--fp16 and --bf16 exclude each other, and bf16 is the default; add --bf16 False$",
     "--fp16 --bf16 False": r"^--fp16 needs a GPU and there is none; use --bf16 True or neither$",
     "--flash_attn": r"^--flash_attn True needs an NVIDIA GPU and there is none; leave it out",
     "--dataset_name medical": r"^give the training data as --train_file_dir DIR or as --dataset_name NAME, exactly one",
@@ -315,3 +316,35 @@ def test_fast_bfloat16_means_matrix_or_vector_instructions(monkeypatch):
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
         assert cpu_has_fast_bfloat16() is (amx or avx512)
+
+
+# ---- found by an independent tester ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["--report_to foo", "--num_train_epochs inf", "--learning_rate inf", "--lora_alpha inf", "--seed -1",
+     "--save_total_limit 0", "--save_total_limit -1", "--weight_decay -1", "--max_grad_norm -1",
+     "--dataloader_num_workers -1"],
+)  # fmt: skip
+def test_values_that_mean_nothing_are_refused(line):
+    with pytest.raises(ConfigError, match="is not allowed"):
+        parse(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["--label_smoothing_factor 0.1", "--neftune_noise_alpha 5", "--load_best_model_at_end True",
+     "--use_liger_kernel True", "--auto_find_batch_size True", "--push_to_hub True", "--torch_compile True",
+     "--save_only_model True", "--ignore_data_skip True"],
+)  # fmt: skip
+def test_flags_of_the_library_that_would_do_nothing_here_are_refused(line):
+    with pytest.raises(ConfigError, match="has no place here"):
+        parse(line)
+
+
+def test_bare_and_dashed_forms_of_renamed_flags_are_understood():
+    assert parse_stage("--gradient_checkpointing").gradient_checkpointing == "true"
+    assert parse_stage("--gradient-checkpointing False").gradient_checkpointing == "false"
+    assert parse_stage("--warmup-ratio 0.1").warmup_steps == 0.1
+    assert parse_stage("--evaluation-strategy epoch").eval_strategy == "epoch"

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from medicalgpt.arguments import parse_arguments
+from medicalgpt.flags import parse_arguments
 from medicalgpt.launch import plan, run
 
 import pytest
@@ -151,11 +151,6 @@ def test_several_nodes_are_left_to_torchrun(set_gpus, option):
     line = torchrun(f"{option} --nproc_per_node 2 x.py --gradient_accumulation_steps 4")
     environment = {"CUDA_VISIBLE_DEVICES": "0,1"}
     assert plan(line, environment) == (["torchrun", *line], environment, None)
-
-
-def test_a_line_without_script_is_refused():
-    with pytest.raises(SystemExit, match="error: no script on the command line"):
-        plan(torchrun("--nproc_per_node 2 --max_steps 3"), {})
 
 
 # ---- how it ends -------------------------------------------------------------------------------------------
@@ -325,7 +320,6 @@ OWN_TO_A_LAUNCHER = {
     "template_name",
     "max_train_samples",
     "max_eval_samples",
-    "per_device_eval_batch_size",
 }
 
 
@@ -342,7 +336,7 @@ def parse_as_stage(module, argv: list[str], monkeypatch) -> dict[str, object]:
             parsed.update(asdict(group))
         raise ParsedError
 
-    monkeypatch.setattr(module, "parse_arguments", parse)
+    monkeypatch.setattr("medicalgpt.arguments.parse_arguments", parse)
     with pytest.raises(ParsedError):
         module.main(argv)
     return parsed
@@ -360,3 +354,45 @@ def test_a_launchers_values_are_its_scripts_own_defaults(launch, name, monkeypat
     assert {flag: launched[flag] for flag in flags - OWN_TO_A_LAUNCHER} == {
         flag: own[flag] for flag in flags - OWN_TO_A_LAUNCHER
     }
+
+
+# ---- found by an independent tester ------------------------------------------------------------------------
+
+
+def test_without_the_flag_the_scripts_own_accumulation_counts(set_gpus):
+    """2 processes × 4 = 1 process × 8."""
+    set_gpus(1)
+    command, _, _ = plan(torchrun("--nproc_per_node 2 pretraining.py"), {})
+    assert command[-1] == "8"
+
+
+def test_a_flag_with_dashes_is_the_same_flag(set_gpus):
+    set_gpus(1)
+    flags = "--gradient_accumulation_steps 4 --gradient-accumulation-steps 8"
+    command, _, _ = plan(torchrun(f"--nproc-per-node 2 x.py {flags}"), {})
+    assert command[-1] == "16"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["--nproc_per_node gpu x.py", "--nproc_per_node 2 x.py --gradient_accumulation_steps four", "--flag 1"],
+)
+def test_a_line_that_cannot_be_planned_ends_with_one_line_and_code_two(set_gpus, line, capsys):
+    set_gpus(1)
+    with pytest.raises(SystemExit) as stop:
+        plan(torchrun(line), {})
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_one_process_sees_one_gpu(set_gpus):
+    set_gpus(2)
+    command, environment, _ = plan(torchrun("--nproc_per_node 1 x.py"), {"CUDA_VISIBLE_DEVICES": "0,1"})
+    assert command[0] == "python"
+    assert environment["CUDA_VISIBLE_DEVICES"] == "0"
+
+
+def test_spaces_between_gpus_are_no_gpus(set_gpus):
+    set_gpus(1)
+    command, _, _ = plan(torchrun("--nproc_per_node 2 x.py"), {"CUDA_VISIBLE_DEVICES": "0, 1"})
+    assert command[0] == "python"

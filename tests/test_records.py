@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 from medicalgpt.arguments import DataArguments
 from medicalgpt.data_files import find_files, fingerprint_files
@@ -209,8 +210,8 @@ def test_a_conversation_without_any_answer_is_dropped_and_counted(tmp_path):
     whole = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
     records, log = read(tmp_path / "a.jsonl", f"{json.dumps(lone)}\n{json.dumps(whole)}", parse_chat)
     assert [record.origin for record in records] == [f"{tmp_path}/a.jsonl:2"]
-    assert log.counts["no_answer"] == 1
-    assert log.places["no_answer"] == [f"{tmp_path}/a.jsonl:1"]
+    assert log.counts["row_without_answer_dropped"] == 1
+    assert log.places["row_without_answer_dropped"] == [f"{tmp_path}/a.jsonl:1"]
 
 
 def test_a_pair_of_equal_answers_is_dropped_and_counted(tmp_path):
@@ -309,7 +310,7 @@ BAD_FILES = {
     "null-row": ("a.jsonl", GOOD + "null", parse_text, 2, "must be a JSON object, not NoneType"),
     "list-in-array": ("a.json", '[\n{"text": "a"},\n[]\n]', parse_text, 3, "must be a JSON object, not list"),
     "object-as-json": ("a.json", GOOD, parse_text, 1, "one array of objects; name it .jsonl"),
-    "truncated-array": ("a.json", '[{"text": "a"},', parse_text, 1, "not one JSON object"),
+    "truncated-array": ("a.json", '[{"text": "a"},', parse_text, 1, "Expecting value at column 16"),
     # texts
     "no-text": (
         "a.jsonl",
@@ -548,7 +549,10 @@ def load(train_dir: Path, validation_dir: Path | None = None, *, do_eval: bool =
         validation_file_dir=str(validation_dir) if validation_dir else None,
         **options,
     )
-    return load_data(args, parse_text, SUFFIXES, do_eval=do_eval)
+    flags = SimpleNamespace(
+        data=args, run=SimpleNamespace(do_eval=do_eval), model=SimpleNamespace(cache_dir=None)
+    )
+    return load_data(flags, parse_text, SUFFIXES)
 
 
 def write_texts(directory: Path, *values: str) -> Path:
@@ -628,3 +632,66 @@ def test_a_missing_data_directory_is_a_wrong_flag_and_names_it(tmp_path, flag):
     with pytest.raises(ConfigError, match=rf"--{flag} .*/nowhere does not exist") as refusal:
         load(**paths)
     assert refusal.value.exit_code == 2
+
+
+# ---- found by an independent tester ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "bad", ['{"text":"b",}', '{"text":"\\ud800"}', '{"text":"a","text":"b"}', '{"text":NaN}', "5"]
+)
+def test_a_broken_element_of_an_array_is_named_by_its_own_line(tmp_path, bad):
+    (tmp_path / "a.json").write_text('[\n{"text":"a"},\n' + bad + "\n]")
+    with pytest.raises(DataError, match=r"a\.json:3: "):
+        read_records([tmp_path / "a.json"], parse_text, RowLog())
+
+
+@pytest.mark.parametrize("end", ["", ",\n]", "]\n{}", " {}"])
+def test_an_array_that_does_not_end_as_it_should_is_refused(tmp_path, end):
+    (tmp_path / "a.json").write_text('[\n{"text":"a"}' + end)
+    with pytest.raises(DataError, match=r"a\.json:[234]: "):
+        read_records([tmp_path / "a.json"], parse_text, RowLog())
+
+
+def test_reading_an_array_takes_time_in_proportion(tmp_path):
+    """40,000 rows: reading counted every line from the start once, which took minutes."""
+    (tmp_path / "a.json").write_text("[\n" + ",\n".join(['{"text": "' + "x" * 100 + '"}'] * 40_000) + "\n]")
+    records = read_records([tmp_path / "a.json"], parse_text, RowLog())
+    assert records[-1].origin.endswith(":40001")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.txt", "a.jsonl"])
+@pytest.mark.parametrize("data", [b"\xef\xbb\xbf", "\u3000\n".encode()])
+def test_a_file_of_nothing_visible_is_refused(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=":1:"):
+        read_records([tmp_path / name], parse_text, RowLog())
+
+
+def test_a_file_without_rows_is_refused_behind_one_with_rows(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    (tmp_path / "b.json").write_text("[]")
+    with pytest.raises(DataError, match=r"b\.json:1: the file holds no row"):
+        read_records([tmp_path / "a.jsonl", tmp_path / "b.json"], parse_text, RowLog())
+
+
+def test_blank_separated_documents_keep_their_indentation_and_their_lines(tmp_path):
+    (tmp_path / "a.txt").write_text("\none\n\n    indented\n    more\n")
+    records = read_records([tmp_path / "a.txt"], parse_text, RowLog(), txt_documents="blank")
+    assert [(r.text, r.origin.rpartition(":")[2]) for r in records] == [
+        ("one", "2"),
+        ("    indented\n    more", "4"),
+    ]
+
+
+@pytest.mark.parametrize("more", [{"history": 0}, {"history": ""}, {"system": 0}, {"system": []}])
+def test_a_field_of_the_wrong_type_is_refused_also_when_it_is_falsy(tmp_path, more):
+    row = {"question": "q", "response_chosen": "a", "response_rejected": "b"} | more
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(DataError, match=next(iter(more))):
+        read_records([tmp_path / "a.jsonl"], parse_pair, RowLog())
+
+
+def test_two_rows_can_always_be_held_apart():
+    train, held = hold_out([Text("b", "a:1"), Text("c", "a:2")], 99.0)
+    assert len(train) == len(held) == 1

@@ -10,7 +10,8 @@ from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
-from medicalgpt.arguments import COMMON_DEFAULTS, RENAMED_FLAGS, FlagParser
+from medicalgpt.arguments import COMMON_DEFAULTS
+from medicalgpt.flags import RENAMED_FLAGS, FlagParser
 
 import pytest
 
@@ -147,7 +148,12 @@ class CollectedError(Exception):
 def known_flags(script: str) -> frozenset[str]:
     """Return every flag that a script understands, from its own parser or, failing that, its --help."""
     module = importlib.import_module(script.removesuffix(".py"))
-    if not hasattr(module, "parse_arguments"):
+    owner = (
+        importlib.import_module("medicalgpt.arguments")
+        if hasattr(module, "StageTrainer") or hasattr(module, "LanguageModelTrainer")
+        else module
+    )
+    if not hasattr(owner, "parse_arguments"):
         done = subprocess.run(
             [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -159,7 +165,7 @@ def known_flags(script: str) -> frozenset[str]:
         raise CollectedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "parse_arguments", collect)
+        patch.setattr(owner, "parse_arguments", collect)
         with pytest.raises(CollectedError):
             module.main([])
     flags = {flag for action in FlagParser(types)._actions for flag in action.option_strings}

@@ -14,7 +14,10 @@ import pretraining
 import supervised_finetuning
 from medicalgpt.checkpoint import why_not_whole
 from medicalgpt.errors import ConfigError, DataError, ModelError, RunError, StoppedError
+from medicalgpt.records import RowLog, hold_out, parse_chat, read_records
+from medicalgpt.tokenization import ChatEncoder, ChatFormat
 from medicalgpt.trainer import ProgressBar
+from template import TEMPLATES
 
 import pytest
 import torch
@@ -132,16 +135,10 @@ def test_evaluation_is_the_models_own_loss_document_by_document(model_dir, data_
         AutoModelForCausalLM.from_pretrained(model_dir),
         AutoTokenizer.from_pretrained(model_dir),
     )
-    data = supervised_finetuning.load_data(
-        supervised_finetuning.DataArguments(train_file_dir=str(data_dir / "sft"), validation_split_percentage=15),
-        supervised_finetuning.parse_chat, (".jsonl",), do_eval=True,
-    )  # fmt: skip
-    encoder = supervised_finetuning.ChatEncoder(
-        tokenizer, supervised_finetuning.ChatFormat.of(supervised_finetuning.resolve_template(
-            tokenizer, "chatml", recorded=None), tokenizer), max_length=2048
-    )  # fmt: skip
+    _, held = hold_out(read_records([data_dir / "sft" / "a.jsonl"], parse_chat, RowLog()), 15)
+    encoder = ChatEncoder(tokenizer, ChatFormat.of(TEMPLATES["chatml"], tokenizer), max_length=2048)
     total, count = 0.0, 0
-    for example in encoder.encode_chats(data.validation, data.log):
+    for example in encoder.encode_chats(held, RowLog()):
         ids, labels = (
             torch.tensor(example[name], dtype=torch.long)[None] for name in ("input_ids", "labels")
         )
