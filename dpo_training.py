@@ -1,7 +1,7 @@
 """Direct preference optimisation (DPO): the model learns which of two answers is better.
 
-Reads   --train_file_dir   .jsonl/.json pairs {"question", "response_chosen", "response_rejected"[, "system",
-"history"]}
+Reads   --train_file_dir   .jsonl/.json pairs
+                           {"question", "response_chosen", "response_rejected"[, "system", "history"]}
                            or {"conversations": [… ending with human], "chosen", "rejected"}
 Writes  --output_dir       LoRA adapter (or model), tokenizer, run.json, results, logs/, checkpoint-N/
 Next    merge_peft_adapter.py, then inference.py
@@ -9,9 +9,9 @@ Next    merge_peft_adapter.py, then inference.py
     bash run_dpo.sh
     python dpo_training.py --model_name_or_path merged-sft-qwen-v1 --train_file_dir data/reward
 
-Method: `preference_loss` below. The reference is the model that training began with: under LoRA the same
-weights with the adapters off, in full fine-tuning a frozen copy. A pair's prompt is computed once for both
-answers.
+Method: `preference_loss` below. The reference is --model_name_or_path: under LoRA the same weights with the
+adapters off (those of --peft_path too), in full fine-tuning a frozen copy. A pair's prompt is computed once
+for both answers.
 """
 
 import copy
@@ -105,12 +105,11 @@ def preference_loss(
     With π the policy, ref the reference, w the chosen and l the rejected answer, and
     Δ = [log π(w) − log ref(w)] − [log π(l) − log ref(l)]:
 
-        sigmoid  − (1−ε) log σ(βΔ) − ε log σ(−βΔ)         Rafailov et al. 2023, arXiv:2305.18290, eq. 7; ε:
-        cDPO hinge    max(0, 1 − βΔ)                            SLiC, arXiv:2305.10425
-        ipo      (Δ̄ − 1/(2β))²                             arXiv:2310.12036, eq. 17, with log-ratios per token
-        simpo    − log σ(β(log π̄(w) − log π̄(l)) − γ)       arXiv:2405.14734, eq. 6; log π̄: per token
-        orpo     − log π̄(w) − β log σ(log odds ratio)      arXiv:2403.07691, eqs. 6–7; log odds: log π̄ −
-        log(1 − π̄)
+        sigmoid  − (1−ε) log σ(βΔ) − ε log σ(−βΔ)     arXiv:2305.18290, eq. 7; ε: label smoothing (cDPO)
+        hinge    max(0, 1 − βΔ)                        arXiv:2305.10425 (SLiC)
+        ipo      (Δ̄ − 1/(2β))²                         arXiv:2310.12036, eq. 17; Δ̄: log-ratios per token
+        simpo    − log σ(β(log π̄(w) − log π̄(l)) − γ)   arXiv:2405.14734, eq. 6; log π̄: per token
+        orpo     − log π̄(w) − β log σ(log odds ratio)  arXiv:2403.07691, eqs. 6–7; odds: π̄ / (1 − π̄)
 
     Args:
         policy_logps, ref_logps: summed log-probabilities of the answers, (P, 2), chosen then rejected, in
@@ -185,7 +184,7 @@ class PreferenceTrainer(StageTrainer):
 
     def batch_sums(self, model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
         """Return sums over pairs: loss, rewards, their margin, and how many pairs are ranked right."""
-        lengths = batch["sequence_index"].bincount(minlength=batch["num_sequences"]).view(-1, 2)
+        lengths = batch["sequence_index"].bincount(minlength=batch["num_sequences"]).clamp(min=1).view(-1, 2)
         options = self.preference
         ref_logps = self.reference_logps(batch)
         losses, chosen, rejected = preference_loss(

@@ -69,7 +69,9 @@ def probe_outputs(model: torch.nn.Module) -> torch.Tensor:
 def divergence(expected: torch.Tensor, actual: torch.Tensor) -> float:
     """Return the mean KL divergence per token in nats, or for scores the largest difference."""
     if expected.dim() == 2:
-        return abs(F.kl_div(actual, expected, log_target=True, reduction="batchmean").item())  # rounding aside
+        return abs(
+            F.kl_div(actual, expected, log_target=True, reduction="batchmean").item()
+        )  # rounding aside
     return (expected - actual).abs().max().item()
 
 

@@ -30,7 +30,7 @@ class ModelArguments:
     torch_dtype: str = field(
         default="bfloat16",
         metadata={
-            "help": "type of the frozen base: bfloat16, float16, float32; full fine-tuning keeps float32"
+            "help": "type of the base under adapters; full fine-tuning computes in float32 and saves this type"
         },
     )
     flash_attn: bool = field(
@@ -215,6 +215,8 @@ class StageArguments(TrainingArguments):
         )
         self.check_ranges()
         refuse_unsupported(self)
+        if not self.do_eval:
+            self.eval_strategy = "no"  # the library would switch do_eval on again
         self.choose_device()
         self.gradient_checkpointing = self.activation_checkpointing = None
         super().__post_init__()

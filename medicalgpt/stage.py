@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from medicalgpt.arguments import StageArguments, StageFlags
+from medicalgpt.arguments import DTYPES, StageArguments, StageFlags
 from medicalgpt.chat_template import export_template, resolve_template
 from medicalgpt.checkpoint import PARTIAL, fingerprint, lock, newest_whole, publish, why_not_whole, write_json
 from medicalgpt.collator import example_length
@@ -257,6 +257,8 @@ def report_data(data: Data, train: list[dict], validation: list[dict], args: Sta
             f"nothing to train on: {len(data.train)} rows were read and no token of them would be trained "
             f"({reasons}); raise the length limits or mend the data"
         )
+    if args.do_eval and not validation:
+        raise DataError(f"none of the {len(data.validation)} validation rows fits; raise the length limits")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     logger.info(
         "rows_read=%d rows_used=%d train_examples=%d validation_examples=%d effective_batch=%d "
@@ -333,6 +335,8 @@ def publish_result(
     partial = output_dir / f"final{PARTIAL}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
+    if not trainer.model.has_adapters:
+        trainer.model.lm.to(DTYPES[record.content["arguments"]["torch_dtype"]])  # trained in float32
     trainer.save_model(str(partial), _internal_call=True)
     base.save_tokenizer(partial)
     trainer.state.save_to_json(str(partial / "trainer_state.json"))
