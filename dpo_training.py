@@ -240,7 +240,7 @@ def main(argv: list[str]) -> None:
     show_pair(base.tokenizer, train[0])
 
     # 5. Model
-    model, padded = build_model(flags, base, max_length=flags.chat.model_max_length)
+    model = build_model(flags, base, max_length=flags.chat.model_max_length)
     choose_activation_checkpointing(model, flags.run, train)
 
     # 6. Train, evaluate, save
@@ -248,7 +248,7 @@ def main(argv: list[str]) -> None:
         model=model,
         args=flags.run,
         record=record,
-        data_collator=PairCollator(padded=padded),
+        data_collator=PairCollator(padded=model.padded),
         train_dataset=train,
         eval_dataset=validation,
         preference=flags.own,

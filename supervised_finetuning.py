@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
     show_example(base.tokenizer, [(train[0]["input_ids"], train[0]["labels"])])
 
     # 5. Model
-    model, padded = build_model(
+    model = build_model(
         flags, base, max_length=flags.chat.model_max_length, neftune_alpha=flags.own.neft_alpha
     )
     choose_activation_checkpointing(model, flags.run, train)
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
         model=model,
         args=flags.run,
         record=record,
-        data_collator=FlatCollator(padded=padded),
+        data_collator=FlatCollator(padded=model.padded),
         train_dataset=train,
         eval_dataset=validation,
     )

@@ -30,7 +30,7 @@ class ModelArguments:
     torch_dtype: str = field(
         default="bfloat16",
         metadata={
-            "help": "type of the base under adapters; full fine-tuning computes in float32 and saves this type"
+            "help": "type of the base under adapters; full fine-tuning works in float32 and saves this type"
         },
     )
     flash_attn: bool = field(
@@ -214,6 +214,11 @@ class StageArguments(TrainingArguments):
             f"--gradient_checkpointing {self.gradient_checkpointing} is not allowed; use auto, True or False",
         )
         self.check_ranges()
+        require(
+            self.train_sampling_strategy in ("random", "sequential"),
+            f"--train_sampling_strategy {self.train_sampling_strategy} is not allowed; expected random or "
+            "sequential (rows need no padding, so their lengths do not matter)",
+        )
         refuse_unsupported(self)
         if not self.do_eval:
             self.eval_strategy = "no"  # the library would switch do_eval on again

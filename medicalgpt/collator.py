@@ -9,6 +9,8 @@ A batch is a dict
     num_sequences            int      documents (language modelling) or answers (pairs: chosen, rejected,
     chosen, …) num_tokens               int      T without padding
 
+An empty list of examples gives a batch without targets (a rank that got no rows), which trains nothing.
+
 For models that cannot confine attention (`padded=True`) the same documents become padded rows (B, T) with an
 `attention_mask` and no layout; indices then count in the flattened (B·T).
 """
@@ -16,12 +18,16 @@ For models that cannot confine attention (`padded=True`) the same documents beco
 from collections.abc import Sequence
 
 from medicalgpt.attention import Layout, Span
-from medicalgpt.tokenization import IGNORE_INDEX
+from medicalgpt.tokenization import IGNORE_INDEX, tokens
 
 import numpy as np
 import torch
 
 Example = dict
+
+
+# What an empty batch is made of: a document without a trained token.
+NOTHING: Example = {"input_ids": tokens([0, 0]), "labels": tokens([IGNORE_INDEX] * 2), "lengths": [2]}
 
 
 class FlatCollator:
@@ -33,7 +39,7 @@ class FlatCollator:
     def __call__(self, examples: Sequence[Example]) -> dict:
         """Return the batch of the module's docstring."""
         documents, sequence = [], 0
-        for example in examples:
+        for example in examples or [NOTHING]:
             start = 0
             for length in example["lengths"]:
                 part = slice(start, start + length)
@@ -94,6 +100,8 @@ class PairCollator:
 
     def __call__(self, examples: Sequence[Example]) -> dict:
         """Return the module docstring's batch; sequence 2i is pair i's chosen answer, 2i + 1 its rejected."""
+        if not examples:
+            return FlatCollator(padded=self.padded)([]) | {"num_sequences": 0}
         return self.pad(examples) if self.padded else self.flatten(examples)
 
     @staticmethod

@@ -20,6 +20,7 @@ from medicalgpt.errors import run_script
 from medicalgpt.generation import Generator
 from medicalgpt.model_files import load_tokenizer, resolve_model_dir
 from medicalgpt.modeling import load_model
+from medicalgpt.probe import choose_rows
 from medicalgpt.records import Message, RowLog, parse_chat, parse_pair, parse_text, read_records
 from medicalgpt.run_record import recorded_template
 from medicalgpt.tokenization import ChatEncoder, ChatFormat
@@ -74,6 +75,8 @@ def measure(directory: Path, language: str, held_out: Path) -> dict[str, float]:
     dtype = torch.bfloat16 if torch.cuda.is_available() or cpu_has_fast_bfloat16() else torch.float32
     lm = load_model(directory, dtype, attention=FLAT_ATTENTION)
     model = FlatLM(lm.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)).eval()
+    choose_rows(model)
+    flat = FlatCollator(padded=model.padded)
     template = resolve_template(tokenizer, None, recorded=recorded_template(directory))
     encoder = ChatEncoder(tokenizer, ChatFormat.of(template, tokenizer), max_length=MAX_LENGTH)
     files = {
@@ -82,10 +85,10 @@ def measure(directory: Path, language: str, held_out: Path) -> dict[str, float]:
     texts = encode_texts(read_records(files["pretrain"], parse_text, RowLog()), tokenizer)
     chats = encoder.encode_chats(read_records(files["finetune"], parse_chat, RowLog()), RowLog())
     pairs = encoder.encode_pairs(read_records(files["reward"], parse_pair, RowLog()), RowLog())
-    sides = mean_logps(model, PairCollator(), pairs)[:, 0].view(-1, 2)
+    sides = mean_logps(model, PairCollator(padded=model.padded), pairs)[:, 0].view(-1, 2)
     return {
-        "text_perplexity": perplexity(mean_logps(model, FlatCollator(), pack_documents(texts, MAX_LENGTH))),
-        "answer_perplexity": perplexity(mean_logps(model, FlatCollator(), chats)),
+        "text_perplexity": perplexity(mean_logps(model, flat, pack_documents(texts, MAX_LENGTH))),
+        "answer_perplexity": perplexity(mean_logps(model, flat, chats)),
         "pair_accuracy": (sides[:, 0] > sides[:, 1]).float().mean().item(),
         "pair_margin": (sides[:, 0] - sides[:, 1]).mean().item(),
     }

@@ -33,8 +33,8 @@ class LinearLogps(torch.autograd.Function):
         hidden = hidden.to(weight.dtype)
         logps = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for part in torch.arange(len(targets)).split(chunk):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
+        for begin in range(0, len(targets), chunk):
+            rows = slice(begin, begin + chunk)
             log_softmax = (hidden[rows] @ weight.t()).float().log_softmax(-1)  # (n, V)
             target = targets[rows, None]
             logps[rows] = log_softmax.gather(1, target)[:, 0]
@@ -66,6 +66,9 @@ class FlatLM(nn.Module):
         lm: the model.
         neftune_alpha: noise on the embeddings of training batches, scaled per document (NEFTune,
             arXiv:2310.05914).
+
+    Attributes:
+        padded: the model cannot keep documents of one row apart; its batches are padded rows of one document.
     """
 
     accepts_loss_kwargs = True  # Trainer: the loss is already normalised over the accumulated batch
@@ -74,6 +77,7 @@ class FlatLM(nn.Module):
         super().__init__()
         self.lm = lm
         self.neftune_alpha = neftune_alpha
+        self.padded = False
 
     @property
     def config(self):

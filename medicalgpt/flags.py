@@ -38,7 +38,7 @@ RENAMED_FLAGS = {
 
 GONE_FLAGS = {
     "--logging_dir": "leave it out, TensorBoard's files are always in logs/ of --output_dir",
-    "--group_by_length": "leave it out, rows need no padding (or: --train_sampling_strategy group_by_length)",
+    "--group_by_length": "leave it out, rows need no padding, so their lengths do not matter",
     "--save_safetensors": "leave it out, weights are always saved as safetensors",
     "--preprocessing_only": "leave it out, data is checked before a model is loaded anyway",
 }

@@ -1,5 +1,6 @@
 """Loading: directory, tokenizer, base model, quantisation, adapters, activation checkpointing."""
 
+import copy
 import logging
 import math
 import warnings
@@ -140,26 +141,16 @@ def load_base(
     bits: int | None,
 ) -> PreTrainedModel:
     """Return the base of a stage, with attention confined to documents where it can be."""
-    quantization = quantization_config(bits, torch.float32 if dtype == torch.float32 else dtype)
+    options = {
+        "quantization": quantization_config(bits, dtype),
+        "trust_remote_code": model_args.trust_remote_code,
+    }
     try:
-        return load_model(
-            directory,
-            dtype,
-            attention=FLAT_ATTENTION,
-            config=config,
-            quantization=quantization,
-            trust_remote_code=model_args.trust_remote_code,
-        )
-    except ModelError as error:
-        if "attention" not in str(error).lower():
+        return load_model(directory, dtype, attention=FLAT_ATTENTION, config=copy.deepcopy(config), **options)
+    except ModelError as error:  # an architecture that chooses among attentions of its own
+        if FLAT_ATTENTION not in str(error) and "attention" not in str(error).lower():
             raise
-    return load_model(
-        directory,
-        dtype,
-        config=config,
-        quantization=quantization,
-        trust_remote_code=model_args.trust_remote_code,
-    )
+    return load_model(directory, dtype, config=config, **options)
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What a loaded model can do, found out by trying before the first step."""
 
+import logging
+
 from medicalgpt.collator import FlatCollator
 from medicalgpt.engine import FlatLM
 from medicalgpt.tokenization import tokens
@@ -7,11 +9,14 @@ from medicalgpt.tokenization import tokens
 import psutil
 import torch
 
+logger = logging.getLogger("medicalgpt")
 
-def probe_batch(documents: list[list[int]], device: torch.device) -> dict:
-    """Return a flat batch of documents, every token trained."""
+
+def probe_batch(documents: list[list[int]], device: torch.device, *, padded: bool = False) -> dict:
+    """Return a batch of documents, every token trained."""
     flat = tokens([i for document in documents for i in document])
-    batch = FlatCollator()([{"input_ids": flat, "labels": flat, "lengths": list(map(len, documents))}])
+    collate = FlatCollator(padded=padded)
+    batch = collate([{"input_ids": flat, "labels": flat, "lengths": list(map(len, documents))}])
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
@@ -40,6 +45,17 @@ def confines_documents(model: FlatLM, vocab_size: int) -> bool:
     return bool((beside_a - beside_b).abs().max() < 1e-4 and (beside_a - alone).abs().max() < loose)
 
 
+def choose_rows(model: FlatLM) -> None:
+    """Decide by the probe whether the model's batches are flat rows or padded ones; say so if padded."""
+    causal_lm = model.causal_lm
+    model.padded = not confines_documents(model, causal_lm.get_input_embeddings().num_embeddings)
+    if model.padded:
+        causal_lm.set_attn_implementation("sdpa" if causal_lm._supports_sdpa else "eager")
+        logger.info(
+            "padded=True: documents of one row would see each other in this model, so rows hold one document"
+        )
+
+
 class SavedBytes:
     """Counts the storages that autograd keeps for backward, each once, parameters apart."""
 
@@ -58,7 +74,8 @@ class SavedBytes:
 def bytes_saved_for_backward(model: FlatLM, vocab_size: int, num_tokens: int = 64) -> float:
     """Measure what a training step keeps for its backward pass, in bytes per token of the row."""
     parameter = next(model.parameters())
-    batch = probe_batch([[i % vocab_size for i in range(num_tokens)]], parameter.device)
+    document = [i % vocab_size for i in range(num_tokens)]
+    batch = probe_batch([document], parameter.device, padded=model.padded)
     batch |= {"source_index": batch["source_index"][:1], "target_ids": batch["target_ids"][:1]}
     saved = SavedBytes(model)
     was_training, state = model.training, torch.get_rng_state()

@@ -18,7 +18,7 @@ from medicalgpt.engine import FlatLM
 from medicalgpt.errors import ConfigError, DataError, ModelError, StoppedError, is_main_rank
 from medicalgpt.model_files import adapter_settings, load_config, load_tokenizer, resolve_model_dir
 from medicalgpt.modeling import add_adapters, choose_dtype, load_base, scaled_rope
-from medicalgpt.probe import bytes_saved_for_backward, confines_documents, free_memory
+from medicalgpt.probe import bytes_saved_for_backward, choose_rows, free_memory
 from medicalgpt.run_record import RunRecord, read_run, recorded_template
 from medicalgpt.tokenization import IGNORE_INDEX, ChatEncoder, ChatFormat
 from medicalgpt.trainer import StageTrainer
@@ -173,8 +173,8 @@ def chat_encoder(flags: StageFlags, base: Base) -> ChatEncoder:
 
 def build_model(
     flags: StageFlags, base: Base, *, max_length: int, neftune_alpha: float | None = None
-) -> tuple[FlatLM, bool]:
-    """Return (model, whether its batches must be padded).
+) -> FlatLM:
+    """Return the model to train; it knows whether its batches must be padded.
 
     Args:
         max_length: the longest text, in tokens, for --rope_scaling.
@@ -197,13 +197,7 @@ def build_model(
     if flags.adapter.use_peft:
         lm = add_adapters(lm, flags.adapter)
     model = FlatLM(lm, neftune_alpha=neftune_alpha).to(args.device)
-    vocab_size = lm.get_input_embeddings().num_embeddings
-    padded = not confines_documents(model, vocab_size)
-    if padded:
-        model.causal_lm.set_attn_implementation("sdpa" if model.causal_lm._supports_sdpa else "eager")
-        logger.info(
-            "padded=True: documents of one row would see each other in this model, so rows hold one document"
-        )
+    choose_rows(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     logger.info(
@@ -215,7 +209,7 @@ def build_model(
         100 * trainable / total,
         total,
     )
-    return model, padded
+    return model
 
 
 def choose_activation_checkpointing(model: FlatLM, args: StageArguments, examples: list[dict]) -> None:

@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from medicalgpt.batches import RankBatches, RankLoader
 from medicalgpt.checkpoint import (
     PARTIAL,
     free_space,
@@ -74,6 +75,28 @@ class StageTrainer(Trainer):
     def final_metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Return the metrics to report, from the means over all items."""
         return means
+
+    # ---- rows ----------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> RankLoader:
+        """Return this rank's batches; see `batches`."""
+        args = self.args
+        batches = RankBatches(
+            len(self.train_dataset),
+            args.per_device_train_batch_size,
+            rank=args.process_index,
+            num_ranks=args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=args.train_sampling_strategy == "random",
+            drop_last=args.dataloader_drop_last,
+        )
+        return RankLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
 
     # ---- loss ----------------------------------------------------------------------------------------------
 

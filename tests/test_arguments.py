@@ -61,7 +61,7 @@ REFUSED = {
     # flags that are gone
     "--logging_dir x": r"^--logging_dir no longer exists: leave it out, .* logs/ of --output_dir$",
     "--logging_dir=x": r"^--logging_dir no longer exists",
-    "--group_by_length True": r"^--group_by_length no longer exists: .*--train_sampling_strategy group_by_length",
+    "--group_by_length True": r"^--group_by_length no longer exists: .*rows need no padding",
     "--save_safetensors": r"^--save_safetensors no longer exists: .* always saved as safetensors$",
     "--preprocessing_only": r"^--preprocessing_only no longer exists: ",
     # types

@@ -1,6 +1,7 @@
 """Flat rows: documents and pairs in one row say what they say alone, on every attention variant."""
 
 from medicalgpt.attention import FLAT_ATTENTION, Layout, Span, flat_attention
+from medicalgpt.batches import RankBatches
 from medicalgpt.collator import FlatCollator, PairCollator
 from medicalgpt.engine import FlatLM, LinearLogps
 from medicalgpt.probe import bytes_saved_for_backward, confines_documents
@@ -219,3 +220,46 @@ def test_the_measured_activation_memory_grows_with_the_layers():
     small = bytes_saved_for_backward(flat_model(build_model("llama", VOCAB)), VOCAB)
     large = bytes_saved_for_backward(flat_model(build_model("llama", VOCAB, num_hidden_layers=6)), VOCAB)
     assert 2.5 < large / small < 3.5
+
+
+# ---- who trains on what ----------------------------------------------------------------------------------------
+
+
+def dealt(
+    num_rows: int, num_ranks: int, batch_size: int = 2, epoch: int = 0, **options
+) -> list[list[list[int]]]:
+    """Return every rank's batches."""
+    ranks = []
+    for rank in range(num_ranks):
+        settings = {"seed": 1, "shuffle": True, "drop_last": False} | options
+        batches = RankBatches(num_rows, batch_size, rank=rank, num_ranks=num_ranks, **settings)
+        batches.set_epoch(epoch)
+        ranks.append(list(batches))
+        assert len(ranks[-1]) == len(batches)
+    return ranks
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 9])
+def test_ranks_take_the_batches_of_one_rank_in_turn_and_no_row_twice(num_rows):
+    (alone,) = dealt(num_rows, 1)
+    two = dealt(num_rows, 2)
+    in_turn = [batch for pair in zip(*two, strict=True) for batch in pair]
+    assert [batch for batch in in_turn if batch] == alone
+    assert sorted(row for batch in in_turn for row in batch) == list(range(num_rows))
+
+
+def test_every_epoch_has_another_order_that_its_number_decides():
+    assert dealt(9, 1, epoch=0) != dealt(9, 1, epoch=1) == dealt(9, 1, epoch=1)
+    assert dealt(5, 1, shuffle=False) == [[[0, 1], [2, 3], [4]]]
+    assert dealt(5, 1, shuffle=False, drop_last=True) == [[[0, 1], [2, 3]]]
+
+
+@pytest.mark.parametrize("collator", [FlatCollator(), PairCollator(), FlatCollator(padded=True)])
+def test_an_empty_batch_has_no_items_and_a_gradient_of_zero(collator):
+    model = get_peft_model(build_model("llama", VOCAB), LoraConfig(r=2, target_modules="all-linear"))
+    flat = FlatLM(model)
+    flat.causal_lm.set_attn_implementation("eager" if collator.padded else FLAT_ATTENTION)
+    logps = flat(**collator([]))
+    assert logps.shape == (0,)
+    logps.sum().backward()
+    assert all(not p.grad.any() for p in model.parameters() if p.requires_grad)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import dpo_training
+import merge_peft_adapter
 import pretraining
 import supervised_finetuning
 from medicalgpt.checkpoint import why_not_whole
@@ -22,7 +23,7 @@ from template import TEMPLATES
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, FalconForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = {"pt": pretraining, "sft": supervised_finetuning, "dpo": dpo_training}
@@ -93,9 +94,16 @@ def torchrun(arguments: list[str], ranks: int, timeout: int = 120) -> subprocess
                           timeout=timeout, check=False)  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_are_one_rank_with_twice_the_accumulation(stage, model_dir, data_dir, tmp_path):
-    flags = {"per_device_train_batch_size": 2, "max_steps": 2, "num_train_epochs": 1}
+    """Two epochs whose last step has a batch for one rank only, and a last batch of one row."""
+    rows = {"pt": 15, "sft": 17, "dpo": 17}[stage]
+    flags = {
+        "per_device_train_batch_size": 2,
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "max_train_samples": rows,
+    }
     run(stage, model_dir, data_dir, tmp_path / "one", gradient_accumulation_steps=2, **flags)
     two = command(stage, model_dir, data_dir, tmp_path / "two", gradient_accumulation_steps=1, **flags)
     result = torchrun([SCRIPTS[stage], *two], ranks=2)
@@ -193,6 +201,80 @@ def test_qlora_trains_on_a_four_bit_base(model_dir, data_dir, tmp_path):
     losses = [loss for (loss,) in history(output, "loss")]
     assert losses[-1] < losses[0] - 0.1
     assert load_file(output / "adapter_model.safetensors").keys()
+
+
+def test_a_model_that_cannot_keep_documents_apart_is_trained_on_padded_rows(
+    data_dir, tmp_path, tokenizer, caplog
+):
+    torch.manual_seed(0)
+    config = FalconConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    FalconForCausalLM(config).save_pretrained(tmp_path / "falcon")
+    tokenizer.save_pretrained(tmp_path / "falcon")
+    with caplog.at_level("INFO", logger="medicalgpt"):
+        for stage in STAGES:
+            flags = {"max_steps": 6, "gradient_checkpointing": "auto"}
+            output = run(stage, tmp_path / "falcon", data_dir, tmp_path / stage, **flags)
+            assert history(output, "loss")[-1][0] < history(output, "loss")[0][0]
+    assert caplog.text.count("padded=True") == 3
+
+
+def test_stretched_positions_reach_the_merged_model(model_dir, data_dir, tmp_path):
+    """Context 1,024, texts of 2,048 tokens: a factor of 2."""
+    flags = {"rope_scaling": "linear", "model_max_length": 2048, "max_steps": 1}
+    output = run("sft", model_dir, data_dir, tmp_path / "o", **flags)
+    merge_peft_adapter.main(["--base_model", str(model_dir), "--lora_model", str(output), "--output_dir",
+                             str(tmp_path / "m")])  # fmt: skip
+    rope = json.loads((tmp_path / "m" / "config.json").read_text())["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"]) == ("linear", 2.0)
+
+
+@pytest.mark.parametrize("flag", ["target_modules", "modules_to_save"])
+def test_layers_that_the_model_does_not_have_are_refused_with_those_it_has(
+    flag, model_dir, data_dir, tmp_path
+):
+    with pytest.raises(ConfigError, match=rf"--{flag} c_attn: the model has no such layer; it has .*q_proj"):
+        run("sft", model_dir, data_dir, tmp_path / "o", **{flag: "c_attn"})
+
+
+def test_rows_of_a_hub_data_set_are_read_by_the_same_schema(model_dir, data_dir, tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in (data_dir / "sft" / "a.jsonl").read_text().splitlines()]
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda name, config, **_: rows if name == "org/talks" else None
+    )
+    flags = command("sft", model_dir, data_dir, tmp_path / "o", max_steps=2)
+    place = flags.index("--train_file_dir")
+    flags[place : place + 2] = ["--dataset_name", "org/talks"]
+    supervised_finetuning.main(flags)
+    expected = run("sft", model_dir, data_dir, tmp_path / "files", max_steps=2)
+    assert history(tmp_path / "o", "loss") == history(expected, "loss")
+    rows[3]["conversations"][0]["from"] = "gtp"
+    with pytest.raises(DataError, match=r"org/talks\[3\]: conversations\[0\]\.from: is 'gtp'"):
+        supervised_finetuning.main([*flags, "--output_dir", str(tmp_path / "p")])
+
+
+def test_the_named_checkpoint_is_continued_from(model_dir, data_dir, tmp_path, monkeypatch):
+    flags = {"save_steps": 1, "save_total_limit": 5, "max_steps": 6}
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        with pytest.raises(StoppedError):
+            run("sft", model_dir, data_dir, tmp_path / "o", **flags)
+    with pytest.raises(ConfigError, match="--resume_from_checkpoint False, but"):
+        run("sft", model_dir, data_dir, tmp_path / "o", resume_from_checkpoint=False, **flags)
+    with pytest.raises(ModelError, match="is not whole"):
+        run("sft", model_dir, data_dir, tmp_path / "o", resume_from_checkpoint=tmp_path, **flags)
+    run(
+        "sft",
+        model_dir,
+        data_dir,
+        tmp_path / "o",
+        resume_from_checkpoint=tmp_path / "o" / "checkpoint-2",
+        **flags,
+    )
+    assert len(history(tmp_path / "o", "loss")) == 6
 
 
 def test_activation_checkpointing_changes_no_number(model_dir, data_dir, tmp_path):
