@@ -38,23 +38,29 @@ class Layout:
     spans: tuple[Span, ...]
 
     @cached_property
-    def key_index(self) -> torch.Tensor | None:
-        """Rows of key and value as the spans see them, (K,); None when every span sees itself only."""
-        if not any(span.prefix_end for span in self.spans):
-            return None
-        return torch.cat(
-            [
-                torch.cat([torch.arange(s.prefix_start, s.prefix_end), torch.arange(s.start, s.end)])
-                for s in self.spans
-            ]
-        )
+    def placed(self) -> dict[torch.device, tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]]:
+        """What `on` has already brought to a device; every layer of a model asks for the same."""
+        return {}
 
-    @cached_property
-    def cu_seqlens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cumulative lengths of queries and keys, (S + 1,) each, int32."""
-        queries = torch.tensor([0, *(s.end - s.start for s in self.spans)])
-        keys = torch.tensor([0, *(s.num_keys for s in self.spans)])
-        return queries.cumsum(0).int(), keys.cumsum(0).int()
+    def on(self, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """Return what a variable-length kernel needs, on a device.
+
+        Returns:
+            Rows of key and value as the spans see them, (K,), or None when every span sees itself only; cumulative
+            lengths of queries and of keys, (S + 1,) int32 each.
+        """
+        if device not in self.placed:
+            index = None
+            if any(span.prefix_end for span in self.spans):
+                parts = [(s.prefix_start, s.prefix_end, s.start, s.end) for s in self.spans]
+                index = torch.cat(
+                    [torch.cat([torch.arange(p, q), torch.arange(a, b)]) for p, q, a, b in parts]
+                )
+                index = index.to(device)
+            queries = torch.tensor([0, *(s.end - s.start for s in self.spans)]).cumsum(0)
+            keys = torch.tensor([0, *(s.num_keys for s in self.spans)]).cumsum(0)
+            self.placed[device] = index, queries.int().to(device), keys.int().to(device)
+        return self.placed[device]
 
     @cached_property
     def max_lengths(self) -> tuple[int, int]:
@@ -90,6 +96,9 @@ def flat_attention(
     if layout is None:
         raise ValueError("flat attention needs the layout of its row")
     plain_scores = softcap is None and s_aux is None
+    if torch.is_autocast_enabled(query.device.type):  # rotary positions leave float32 under autocast
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and plain_scores and not dropout:
         return flash_spans(query, key, value, layout, scaling, sliding_window), None
     outputs = []
@@ -170,10 +179,9 @@ def flash_spans(
 ) -> torch.Tensor:
     """All spans in one variable-length flash kernel, (1, T, H, D)."""
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, H, D)
-    if layout.key_index is not None:
-        index = layout.key_index.to(q.device)
+    index, cu_q, cu_k = layout.on(q.device)
+    if index is not None:
         k, v = k[index], v[index]
-    cu_q, cu_k = (lengths.to(q.device) for lengths in layout.cu_seqlens)
     left = -1 if sliding_window is None else sliding_window - 1
     return varlen_attn(
         q,

@@ -138,6 +138,37 @@ def test_attention_sinks_take_their_share_of_every_softmax():
     assert torch.allclose(out.transpose(1, 2), weights @ value, atol=1e-6)
 
 
+def varlen_by_hand(query, key, value, cu_q, cu_k, window_left):
+    """Causal attention as a variable-length kernel defines it: queries are the last of their keys; (T, H, D) each."""
+    outputs = []
+    for i in range(len(cu_q) - 1):
+        q, k, v = query[cu_q[i] : cu_q[i + 1]], key[cu_k[i] : cu_k[i + 1]], value[cu_k[i] : cu_k[i + 1]]
+        place = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))[None]
+        hidden = (place < 0) | (
+            (place > window_left) if window_left >= 0 else torch.zeros_like(place, dtype=torch.bool)
+        )
+        scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("collator, examples", [(FlatCollator(), EXAMPLES), (PairCollator(), PAIRS)])
+def test_what_the_gpu_kernel_is_given_means_what_the_cpu_path_computes(collator, examples, window):
+    torch.manual_seed(0)
+    batch = collator(examples)
+    layout, num = batch["layout"], batch["num_tokens"]
+    query, key, value = (torch.randn(1, 2, num, 4) for _ in range(3))
+    expected, _ = flat_attention(None, query, key, value, None, layout=layout, sliding_window=window)
+    index, cu_q, cu_k = layout.on(torch.device("cpu"))
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    if index is not None:
+        k, v = k[index], v[index]
+    left = -1 if window is None else window - 1
+    assert torch.allclose(varlen_by_hand(q, k, v, cu_q, cu_k, left), expected[0], atol=1e-5)
+    assert layout.max_lengths == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+
+
 def test_the_probe_accepts_models_that_use_the_attention_function():
     assert confines_documents(flat_model(build_model("llama", VOCAB)), VOCAB)
 
