@@ -52,11 +52,8 @@ class Layout:
         if device not in self.placed:
             index = None
             if any(span.prefix_end for span in self.spans):
-                parts = [(s.prefix_start, s.prefix_end, s.start, s.end) for s in self.spans]
-                index = torch.cat(
-                    [torch.cat([torch.arange(p, q), torch.arange(a, b)]) for p, q, a, b in parts]
-                )
-                index = index.to(device)
+                seen = [[*range(s.prefix_start, s.prefix_end), *range(s.start, s.end)] for s in self.spans]
+                index = torch.tensor([place for places in seen for place in places], device=device)
             queries = torch.tensor([0, *(s.end - s.start for s in self.spans)]).cumsum(0)
             keys = torch.tensor([0, *(s.num_keys for s in self.spans)]).cumsum(0)
             self.placed[device] = index, queries.int().to(device), keys.int().to(device)
