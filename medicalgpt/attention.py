@@ -46,8 +46,8 @@ class Layout:
         """Return what a variable-length kernel needs, on a device.
 
         Returns:
-            Rows of key and value as the spans see them, (K,), or None when every span sees itself only; cumulative
-            lengths of queries and of keys, (S + 1,) int32 each.
+            Rows of key and value as the spans see them, (K,), or None when every span sees itself only;
+            cumulative lengths of queries and of keys, (S + 1,) int32 each.
         """
         if device not in self.placed:
             index = None
