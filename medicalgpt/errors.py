@@ -103,9 +103,12 @@ class SurvivingStream:
 
 
 def start_logging() -> None:
-    """Log to stderr: rank 0 from INFO, the other ranks errors only."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
+    """Log to stderr (under a launcher: to the launcher's), rank 0 from INFO, the other ranks errors only."""
+    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    launchers_stderr = os.environ.get("MEDICALGPT_STDERR")
+    if launchers_stderr:
+        os.dup2(os.open(launchers_stderr, os.O_WRONLY | os.O_APPEND), 2)
+    sys.stderr = open(2, "w", encoding="utf-8", errors="replace", buffering=1, closefd=False)  # noqa: SIM115
     sys.stderr = SurvivingStream(sys.stderr)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr, force=True)
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries about each other

@@ -102,14 +102,28 @@ def plan(argv: Sequence[str], environment: Mapping[str, str]) -> tuple[list[str]
 
 
 def run(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command, pass a termination request on to it, and return the stage's own exit code."""
-    with tempfile.NamedTemporaryFile("r", prefix="medicalgpt-exit-", encoding="utf-8") as exit_file:
+    """Run a command, pass a termination request on to it, and return the stage's own exit code.
+
+    torchrun answers the end of a rank with pages of its own. The ranks therefore write to this process's
+    stderr, and what torchrun says is kept back unless no rank has said why it ended.
+    """
+    with (
+        tempfile.NamedTemporaryFile("r", prefix="medicalgpt-exit-", encoding="utf-8") as exit_file,
+        tempfile.TemporaryFile() as kept_back,
+    ):
         environment["MEDICALGPT_EXIT_FILE"] = exit_file.name
-        child = subprocess.Popen(command, env=environment)
+        own_stderr = f"/proc/{os.getpid()}/fd/2"
+        quiet = command[0] == "torchrun" and os.path.exists(own_stderr)
+        if quiet:
+            environment["MEDICALGPT_STDERR"] = own_stderr
+        child = subprocess.Popen(command, env=environment, stderr=kept_back if quiet else None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to the child as well
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         code = child.wait()
         written = exit_file.read().strip()
+        if code and not written:
+            kept_back.seek(0)
+            sys.stderr.write(kept_back.read().decode(errors="replace"))
     return int(written) if code and written else 128 - code if code < 0 else code
 
 

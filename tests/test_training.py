@@ -94,6 +94,20 @@ def torchrun(arguments: list[str], ranks: int, timeout: int = 120) -> subprocess
                           timeout=timeout, check=False)  # fmt: skip
 
 
+def test_under_a_launcher_two_ranks_refuse_in_one_line_with_the_stages_code(tmp_path):
+    """torchrun alone would add forty lines and make every code 1."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: x'\necho 'GPU 1: x'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / "run_sft.sh"), "--learning_rat", "1"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "error: unknown argument '--learning_rat'; did you mean --learning_rate?", "FAILED with exit code 2"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_are_one_rank_with_twice_the_accumulation(stage, model_dir, data_dir, tmp_path):
     """Two epochs whose last step has a batch for one rank only, and a last batch of one row."""
