@@ -161,8 +161,7 @@ class PreferenceTrainer(StageTrainer):
 
     def answer_logps(self, model: torch.nn.Module, batch: dict) -> torch.Tensor:
         """Return the summed log-probability of every answer, (P, 2): chosen, rejected."""
-        with self.accelerator.autocast():
-            logps = model(**batch)  # (N,)
+        logps = model(**batch)  # (N,)
         sums = torch.zeros(batch["num_sequences"], device=logps.device, dtype=logps.dtype)
         return sums.index_add(0, batch["sequence_index"], logps).view(-1, 2)
 
@@ -214,7 +213,8 @@ def frozen_copy(model: FlatLM, loss_type: str) -> FlatLM | None:
     """Return the reference of a model that is trained in full, or None where none is needed."""
     if model.has_adapters or loss_type in REFERENCE_FREE_LOSSES:
         return None
-    reference = FlatLM(copy.deepcopy(model.lm)).eval()
+    reference = FlatLM(copy.deepcopy(model.lm), autocast_dtype=model.autocast_dtype).eval()
+    reference.padded = model.padded
     return reference.requires_grad_(False)
 
 
@@ -265,4 +265,4 @@ def show_pair(tokenizer: PreTrainedTokenizerBase, pair: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, resumable=True)

@@ -1,19 +1,19 @@
 """Talk to a model: a streaming chat, or answers to a file of prompts.
 
-Reads   --base_model (a merged model, or any other), optionally --lora_model on top; --data_file with
-{"prompt": …} lines Writes  the terminal, or --output_file: the input's fields plus response, finish_reason,
-num_prompt_tokens,
+Reads   --base_model (a merged model, or any other), optionally --lora_model on top; --data_file with lines
+        {"prompt": …}
+Writes  the terminal, or --output_file: the input's fields plus response, finish_reason, num_prompt_tokens,
         num_response_tokens, in input order
 
     python inference.py --base_model ./final-medgpt-dpo --interactive
-    python inference.py --base_model ./final-medgpt-dpo --data_file questions.jsonl --output_file
-    answers.jsonl
+    python inference.py --base_model ./final-medgpt-dpo --data_file q.jsonl --output_file a.jsonl
 
 The chat format is the one the model was trained in; one that contradicts it is refused.
 """
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,12 +22,20 @@ from pathlib import Path
 
 from medicalgpt.arguments import cpu_has_fast_bfloat16
 from medicalgpt.chat_template import resolve_template
+from medicalgpt.checkpoint import PARTIAL
 from medicalgpt.data_files import read_rows
 from medicalgpt.errors import ConfigError, DataError, run_script
 from medicalgpt.flags import parse_arguments, require, require_positive
 from medicalgpt.generation import Answer, Generator, generation_settings
 from medicalgpt.model_files import load_config, load_tokenizer, resolve_model_dir
-from medicalgpt.modeling import DTYPES, load_adapter, load_model, quantization_config
+from medicalgpt.modeling import (
+    DTYPES,
+    config_as_trained,
+    context_length,
+    load_adapter,
+    load_model,
+    quantization_config,
+)
 from medicalgpt.records import Message, require_text
 from medicalgpt.run_record import check_base, recorded_template
 from medicalgpt.tokenization import ChatEncoder, ChatFormat
@@ -38,6 +46,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 logger = logging.getLogger("medicalgpt")
 
+DEFAULT_CONTEXT = 4096  # tokens, for models that set no limit
 WINDOW = 8  # batches that are sorted by length together
 
 
@@ -112,7 +121,11 @@ def compute_dtype(name: str) -> torch.dtype:
     """Return the type to compute in; auto: bfloat16 where the hardware has it."""
     if name != "auto":
         return DTYPES[name]
-    fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu_has_fast_bfloat16()
+    fast = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if torch.cuda.is_available()
+        else cpu_has_fast_bfloat16()
+    )
     return torch.bfloat16 if fast else torch.float16 if torch.cuda.is_available() else torch.float32
 
 
@@ -126,6 +139,8 @@ def load(args: InferenceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizer
         args.tokenizer_path or str(base_dir), "--tokenizer_path", args.cache_dir
     )
     config = load_config(base_dir, trust_remote_code=args.trust_remote_code)
+    if lora_dir:
+        config = config_as_trained(config, lora_dir)
     tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=args.trust_remote_code)
     if lora_dir and not check_base(lora_dir, base_dir):
         logger.warning(
@@ -137,6 +152,7 @@ def load(args: InferenceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizer
     model = load_model(
         base_dir,
         dtype,
+        config=config,
         trust_remote_code=args.trust_remote_code,
         quantization=quantization_config(4 if args.load_in_4bit else None, dtype),
     )
@@ -146,10 +162,8 @@ def load(args: InferenceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizer
         model.generation_config = generation_config
     if torch.cuda.is_available() and not args.load_in_4bit:
         model = model.cuda()
-    context = min(
-        args.max_length or config.get_text_config().max_position_embeddings,
-        config.get_text_config().max_position_embeddings,
-    )
+    limits = [limit for limit in (args.max_length, context_length(config)) if limit]
+    context = min(limits, default=DEFAULT_CONTEXT)
     return model, tokenizer, ChatFormat.of(template, tokenizer), context
 
 
@@ -250,8 +264,9 @@ def answer_file(
     """Answer all prompts, window by window: sorted by length inside a window, written in input order."""
     system = [Message("system", args.system_prompt)] if args.system_prompt is not None else []
     size = WINDOW * args.batch_size
+    unfinished = Path(args.output_file + PARTIAL)
     with (
-        open(args.output_file, "w", encoding="utf-8") as file,
+        open(unfinished, "w", encoding="utf-8") as file,
         tqdm(total=len(prompts), unit="prompt", file=sys.stderr, desc="answering") as bar,
     ):
         for begin in range(0, len(prompts), size):
@@ -272,6 +287,8 @@ def answer_file(
                     json.dumps(row | answer_fields(answer, encoder.max_length), ensure_ascii=False) + "\n"
                 )
             file.flush()
+            bar.update(len(window) - len(order))  # prompts that do not fit
+    os.replace(unfinished, args.output_file)
 
 
 def answer_fields(answer: Answer | None, limit: int) -> dict:

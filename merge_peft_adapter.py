@@ -8,7 +8,8 @@ Next    the next stage's --model_name_or_path, or inference.py --base_model
         --lora_model outputs-pt-qwen-v1 --output_dir merged-pt-qwen-v1
 
 The base is loaded fresh and never quantised. A base that the adapter was not trained on is refused. The
-written model is loaded again and must say what base + adapter say on a probe; only then does it get its name.
+written model is loaded again: every adapted matrix must be base + adapter, and the whole must say on a probe
+what base + adapter say; only then does it get its name.
 """
 
 import logging
@@ -16,12 +17,14 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medicalgpt.chat_template import export_template
 from medicalgpt.checkpoint import fingerprint, staged, why_not_whole
 from medicalgpt.errors import ModelError, RunError, run_script
-from medicalgpt.flags import parse_arguments
+from medicalgpt.flags import parse_arguments, require
+from medicalgpt.merge_proof import Expected, expected_products, is_visible, wrong_tensors
 from medicalgpt.model_files import adapter_settings, load_config, load_tokenizer, resolve_model_dir
-from medicalgpt.modeling import load_adapter, load_model, scaled_rope
-from medicalgpt.run_record import RunRecord, check_base, read_run, versions
+from medicalgpt.modeling import config_as_trained, load_adapter, load_model
+from medicalgpt.run_record import RunRecord, check_base, read_run, recorded_template, versions
 from medicalgpt.tokenization import ChatFormat
 from template import TEMPLATES
 
@@ -80,11 +83,7 @@ def base_of(args: MergeArguments, base_dir: Path, lora_dir: Path) -> PreTrainedM
     config = load_config(base_dir, trust_remote_code=args.trust_remote_code)
     if config.to_dict().get("quantization_config"):
         raise ModelError(f"--base_model {base_dir} is quantised; merge into the original weights")
-    trained = (read_run(lora_dir) or {}).get("arguments", {})
-    if trained.get("rope_scaling"):
-        config = scaled_rope(
-            config, trained["rope_scaling"], trained.get("model_max_length") or trained["block_size"]
-        )
+    config = config_as_trained(config, lora_dir)
     classifier = adapter_settings(lora_dir).get("task_type") == "SEQ_CLS"
     if classifier:
         config.num_labels = 1
@@ -98,15 +97,28 @@ def base_of(args: MergeArguments, base_dir: Path, lora_dir: Path) -> PreTrainedM
     )
 
 
-def merge(base: PreTrainedModel, lora_dir: Path) -> tuple[PreTrainedModel, torch.Tensor]:
-    """Return (merged model, what base + adapter say on the probe).
+@dataclass(frozen=True)
+class Proof:
+    """What a merged model must do once it is read back: on the probe, and matrix by matrix."""
+
+    outputs: torch.Tensor
+    products: dict[str, Expected]
+
+
+def merge(base: PreTrainedModel, lora_dir: Path) -> tuple[PreTrainedModel, Proof]:
+    """Merge an adapter into its base; what must hold for the result is noted down before.
 
     Raises:
         ModelError: the merge gives NaN, or tied embeddings came apart.
     """
     tied = base.config.get_text_config().tie_word_embeddings
     adapted = load_adapter(base, lora_dir)
-    expected = probe_outputs(adapted)
+    outputs, products = probe_outputs(adapted), expected_products(adapted)
+    heads = [name for name in products if name.endswith(("lm_head.weight", "embed_tokens.weight"))]
+    if tied and len(heads) == 1 and not adapter_settings(lora_dir).get("modules_to_save"):
+        raise ModelError(
+            f"{lora_dir}: adapts {heads[0]}, which is one matrix with the other embedding of this base"
+        )
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
@@ -116,7 +128,32 @@ def merge(base: PreTrainedModel, lora_dir: Path) -> tuple[PreTrainedModel, torch
             f"{lora_dir}: trained input and output embeddings apart, although the base ties them; train "
             "again with this toolkit's --modules_to_save"
         )
-    return merged, expected
+    if products and not is_visible(products):
+        logger.warning(
+            "warning: every change of %s is lost in the rounding of a %s base", lora_dir, base.dtype
+        )
+    return merged, Proof(outputs, products)
+
+
+def prove(written: PreTrainedModel, proof: Proof) -> float:
+    """Return how far the written model's outputs are from those of base + adapter.
+
+    Raises:
+        ModelError: a matrix, or the whole, is not base + adapter.
+    """
+    wrong = wrong_tensors(written, proof.products)
+    if wrong:
+        raise ModelError(
+            f"the merged model differs from base + adapter in {wrong[0]} and {len(wrong) - 1} more tensors; "
+            "nothing was written"
+        )
+    found, allowed = divergence(proof.outputs, probe_outputs(written)), MAX_DIVERGENCE[written.dtype]
+    if not found <= allowed:
+        raise ModelError(
+            f"the merged model differs from base + adapter by {found:.3g} nats per token, allowed "
+            f"{allowed:g}; nothing was written"
+        )
+    return found
 
 
 def tokenizer_of(args: MergeArguments, base_dir: Path, lora_dir: Path) -> PreTrainedTokenizerBase:
@@ -129,11 +166,16 @@ def tokenizer_of(args: MergeArguments, base_dir: Path, lora_dir: Path) -> PreTra
     tokenizer = load_tokenizer(path, trust_remote_code=args.trust_remote_code)
     if (lora_dir / "tokenizer_config.json").is_file():
         tokenizer.chat_template = load_tokenizer(lora_dir).chat_template or tokenizer.chat_template
+    elif template := TEMPLATES.get(recorded_template(lora_dir)):  # a checkpoint carries no tokenizer
+        export_template(tokenizer, ChatFormat.of(template, tokenizer))
     return tokenizer
 
 
 def set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template_name: str | None) -> None:
     """Write into the generation config what ends an answer, so that any tool stops there."""
+    sampled = model.generation_config.temperature, model.generation_config.top_p
+    if any(value not in (None, 1.0) for value in sampled):
+        model.generation_config.do_sample = True  # some models ship settings of sampling without the switch
     template = TEMPLATES.get(template_name)
     if template is not None:
         model.generation_config.eos_token_id = ChatFormat.of(template, tokenizer).stop_ids(tokenizer)
@@ -195,6 +237,12 @@ def main(argv: list[str]) -> None:
     )
     adapter_settings(lora_dir)
 
+    for source in (lora_dir, base_dir):
+        require(
+            not source.resolve().is_relative_to(output_dir.resolve()),
+            f"--output_dir {output_dir} is, or holds, what is merged; use another directory",
+        )
+
     # 2. Is it this adapter's base, and is there anything to do?
     record = record_of(args, base_dir, lora_dir)
     if not args.overwrite and already_merged(record):
@@ -205,36 +253,27 @@ def main(argv: list[str]) -> None:
             "warning: %s has no run.json, so only its shapes are checked against the base", lora_dir
         )
 
-    # 3. Merge, write beside, load again, compare, rename
+    # 3. Merge, write beside, load again, prove, rename
     with staged(output_dir, overwrite=args.overwrite) as partial:
         tokenizer = tokenizer_of(args, base_dir, lora_dir)
-        merged, expected = merge(base_of(args, base_dir, lora_dir), lora_dir)
-        check_space(merged, output_dir)
-        if merged.can_generate():
-            set_stops(merged, tokenizer, record.content["template"])
-        merged.save_pretrained(partial)
+        model, proof = merge(base_of(args, base_dir, lora_dir), lora_dir)
+        check_space(model, output_dir)
+        if model.can_generate():
+            set_stops(model, tokenizer, record.content["template"])
+        model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        auto_class, dtype = type(merged), merged.dtype
-        del merged
-        found = divergence(
-            expected,
-            probe_outputs(
-                load_model(partial, "auto", auto_class=auto_class, trust_remote_code=args.trust_remote_code)
-            ),
-        )
-        if not found <= MAX_DIVERGENCE[dtype]:
-            raise ModelError(
-                f"the merged model differs from base + adapter by {found:.3g} nats per token, allowed "
-                f"{MAX_DIVERGENCE[dtype]:g}; nothing was written"
-            )
-        RunRecord(partial, record.content).save(proof={"divergence": found, "allowed": MAX_DIVERGENCE[dtype]})
+        auto_class = type(model)
+        del model
+        written = load_model(partial, "auto", auto_class=auto_class, trust_remote_code=args.trust_remote_code)
+        found = prove(written, proof)
+        RunRecord(partial, record.content).save(proof={"divergence": found, "tensors": len(proof.products)})
     logger.info(
-        "merged %s into %s: %s (differs from base + adapter by %.2g nats per token, allowed %g)",
+        "merged %s into %s: %s (%d matrices are base + adapter; outputs differ by %.2g nats per token)",
         lora_dir,
         base_dir,
         output_dir,
+        len(proof.products),
         found,
-        MAX_DIVERGENCE[dtype],
     )
 
 

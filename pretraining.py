@@ -120,4 +120,4 @@ def warn_of_short_documents(documents: list[list[int]], txt_documents: str) -> N
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, resumable=True)

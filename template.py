@@ -48,7 +48,7 @@ class Template:
         strip: roles whose content loses surrounding white space, as in the official format.
         stop_between: False when the text carries no stop token between turns (it is trained as a hidden
             stop).
-        empty_thought: stands before the last answer when that has no thoughts of its own.
+        thought: what stands around the thought of the last answer, which may be empty.
         stop_strings: further strings that end an answer at generation.
         bos_as_tokenizer: {bos} is there only where the tokenizer itself begins a text with it.
     """
@@ -67,7 +67,7 @@ class Template:
     system_in: str = "own"
     strip: frozenset[str] = frozenset()
     stop_between: bool = True
-    empty_thought: str = ""
+    thought: tuple[str, str] = ()
     stop_strings: tuple[str, ...] = ()
     bos_as_tokenizer: bool = False
 
@@ -142,7 +142,7 @@ TEMPLATES = {
         Template(
             name="qwen3",
             source="Qwen/Qwen3-0.6B tokenizer_config.json, text without thoughts",
-            empty_thought="<think>\n\n</think>\n\n",
+            thought=("<think>", "</think>\n\n"),
             stop_strings=("<|endoftext|>",),
             **CHATML,
         ),
@@ -294,37 +294,33 @@ def render_question(
 
 def render_answer(template: Template, content: str, last: bool, fill: dict[str, str]) -> list[Segment]:
     """Return header, answer, stop and what follows; answer and stop are trained."""
-    content, thought = split_thought(template, stripped(template, "assistant", content), last)
-    text = template.answer.replace("{content}", content)
-    stop = expand(template.stop, fill)
+    thought, content = split_thought(template, stripped(template, "assistant", content), last)
     segments = pieces(template.header, [], fill)
-    if thought:
-        segments.append(Segment(thought, True, False))
-    segments.append(Segment(text, False, True))
+    if thought is not None:
+        before, after = template.thought
+        segments += [Segment(before, True, True), Segment(thought, False, True), Segment(after, True, True)]
+    segments.append(Segment(template.answer.replace("{content}", content), False, True))
+    segments.append(
+        Segment(expand(template.stop, fill), True, True, hidden=not (template.stop_between or last))
+    )
     if template.stop_between or last:
-        segments.append(Segment(stop, True, True))
         segments += pieces(template.after, [], fill)
-    else:
-        segments.append(Segment(stop, True, True, hidden=True))
     return [segment for segment in segments if segment.text]
 
 
-def split_thought(template: Template, content: str, last: bool) -> tuple[str, str]:
-    """Return (answer text, empty thought before it) for formats with thoughts.
+def split_thought(template: Template, content: str, last: bool) -> tuple[str | None, str]:
+    """Return (thought with its line breaks, or None; answer) for formats with thoughts.
 
-    As the models' own templates do it: history loses its thoughts, the last answer keeps them or gets an
-    empty thought.
+    As in the models' own templates: history loses its thoughts, the last answer has its own or an empty one.
     """
-    if not template.empty_thought:
-        return content, ""
-    thought, mark, answer = content.rpartition("</think>")
-    if not mark:
-        return (content.lstrip("\n"), template.empty_thought) if last else (content, "")
-    answer = answer.lstrip("\n")
+    if not template.thought:
+        return None, content
+    reasoning, mark, answer = content.rpartition("</think>")
+    answer = answer.lstrip("\n") if mark or last else answer
     if not last:
-        return answer, ""
-    reasoning = thought.split("</think>")[0].rstrip("\n").split("<think>")[-1].strip("\n")
-    return f"<think>\n{reasoning}\n</think>\n\n{answer}", ""
+        return None, answer
+    reasoning = reasoning.split("</think>")[0].rstrip("\n").split("<think>")[-1].strip("\n")
+    return f"\n{reasoning}\n", answer
 
 
 def render_text(template: Template, messages: Sequence[tuple[str, str]], *, bos: str, eos: str) -> str:
@@ -390,7 +386,7 @@ def question_expression(template: Template) -> str:
 
 def thought_lines(template: Template) -> list[str]:
     """Return the Jinja lines that treat thoughts as `split_thought` does."""
-    if not template.empty_thought:
+    if not template.thought:
         return []
     return [
         "{%- set thought = '' -%}{%- if '</think>' in text -%}",

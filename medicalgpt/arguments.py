@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from medicalgpt.attention import flash_kernel_runs_on
 from medicalgpt.errors import ConfigError
 from medicalgpt.flags import parse_arguments, require, require_positive
 from medicalgpt.launch import DEFAULT_ACCUMULATION
@@ -57,8 +58,9 @@ class ModelArguments:
             "would make a text's loss depend on the longest text of its batch)",
         )
         require(
-            not self.flash_attn or torch.cuda.is_available(),
-            "--flash_attn True needs an NVIDIA GPU and there is none; leave it out, the result is the same",
+            not self.flash_attn or (torch.cuda.is_available() and flash_kernel_runs_on(torch.device("cuda"))),
+            "--flash_attn True needs an NVIDIA GPU of compute capability 8.0 or more; leave it out, the "
+            "result is the same",
         )
 
 

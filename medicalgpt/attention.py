@@ -6,7 +6,7 @@ attention per document. Sliding windows, soft caps and attention sinks of a mode
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,7 @@ def flat_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotary positions leave float32 under autocast
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and plain_scores and not dropout:
+    if plain_scores and not dropout and flash_kernel_takes(query):
         return flash_spans(query, key, value, layout, scaling, sliding_window), None
     outputs = []
     for span in layout.spans:
@@ -164,6 +164,18 @@ def eager_span(
         scores = torch.cat([scores, sink.to(scores.dtype)], dim=-1)
     weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)[..., : k.shape[2]]
     return F.dropout(weights, dropout) @ v
+
+
+@cache
+def flash_kernel_runs_on(device: torch.device) -> bool:
+    """Return whether a GPU has the flash kernel: compute capability 8.0 or more."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def flash_kernel_takes(query: torch.Tensor) -> bool:
+    """Return whether the flash kernel can compute with these states: half precision, heads of up to 256."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and query.shape[-1] <= 256 and flash_kernel_runs_on(query.device)
 
 
 def flash_spans(

@@ -83,6 +83,8 @@ def resolve_template(
             )
         return wanted
     found = as_the_model_has_it(tokenizer, wanted) if wanted else matching_template(tokenizer)
+    if found is None and recorded is not None:
+        return wanted  # what it was trained with counts, whatever template its tokenizer carries
     if found is None and wanted is None:
         raise ConfigError(
             f"{tokenizer.name_or_path} has a chat template that is none of these; give --template_name, one "

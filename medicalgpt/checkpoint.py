@@ -186,6 +186,8 @@ def why_not_whole(directory: Path) -> str | None:
         entries = [(name, int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()]
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
+    if not all(stays_inside(name) for name in files):
+        return f"{MANIFEST} names a file outside the directory"
     for name, size, digest in entries:
         path = directory / name
         if not path.is_file():
@@ -197,10 +199,16 @@ def why_not_whole(directory: Path) -> str | None:
     return None
 
 
+def stays_inside(name: str) -> bool:
+    """Return whether a relative path stays inside the directory it is relative to."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts
+
+
 def manifest_files(directory: Path) -> list[str]:
     """Return the names of the files that a directory's manifest lists; none if it cannot be read."""
     try:
-        return list(json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"])
+        names = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return [name for name in names if stays_inside(name)]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

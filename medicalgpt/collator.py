@@ -1,17 +1,17 @@
 """Examples → one flat row: how documents share it, which positions predict which tokens.
 
 A batch is a dict
+
     input_ids, position_ids  (1, T)   documents one after the other, positions restart
     layout                   Layout   who sees whom
     source_index             (N,)     positions whose hidden state predicts a trained token
     target_ids               (N,)     those tokens
-    sequence_index           (N,)     which answer each belongs to
-    num_sequences            int      documents (language modelling) or answers (pairs: chosen, rejected,
-    chosen, …) num_tokens               int      T without padding
+    sequence_index           (N,)     which document or answer each belongs to
+    num_sequences            int      documents, or for pairs answers: chosen, rejected, chosen, …
+    num_tokens               int      T without padding
 
-An empty list of examples gives a batch without targets (a rank that got no rows), which trains nothing.
-
-For models that cannot confine attention (`padded=True`) the same documents become padded rows (B, T) with an
+An empty list of examples gives a batch without targets (a rank that got no rows), which trains nothing. For
+models that cannot confine attention (`padded=True`) the same documents become padded rows (B, T) with an
 `attention_mask` and no layout; indices then count in the flattened (B·T).
 """
 

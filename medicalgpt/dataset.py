@@ -14,6 +14,8 @@ from medicalgpt.records import Parser, Record, RowLog, hold_out, read_records, w
 
 from huggingface_hub import HfApi, constants
 
+logger = logging.getLogger("medicalgpt")
+
 
 @dataclass
 class Data:
@@ -66,6 +68,12 @@ def load_data(
             )
         if len(read) > len(validation):
             log.counts["validation_rows_also_in_training"] = len(read) - len(validation)
+    elif do_eval and len({record.key for record in records}) == 1:
+        logger.warning(
+            "warning: all rows have one prompt (or there is one text), so none is held out and nothing is "
+            "evaluated; --txt_documents blank splits a text at blank lines"
+        )
+        flags.run.do_eval, flags.run.eval_strategy = False, "no"
     elif do_eval:
         records, validation = hold_out(records, args.validation_split_percentage)
     limit = args.max_train_samples if args.max_train_samples > 0 else None

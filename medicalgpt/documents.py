@@ -33,6 +33,8 @@ def encode_texts(records: Sequence[Text], tokenizer: PreTrainedTokenizerBase) ->
 def pack_documents(documents: Sequence[Sequence[int]], block_size: int) -> list[dict]:
     """Return rows of `block_size` tokens (the last one shorter) that hold every token of every document once.
 
+    A last row of one token, which could not be trained, is left out.
+
     A document that does not end with its row goes on in the next; `lengths` are the documents' parts in a
     row. The first token of a part has nothing before it that could predict it, so it carries no label.
     """
@@ -45,7 +47,9 @@ def pack_documents(documents: Sequence[Sequence[int]], block_size: int) -> list[
             if len(ids) == block_size:
                 rows.append(packed_row(ids, lengths))
                 ids, lengths = [], []
-    return [*rows, packed_row(ids, lengths)] if ids else rows
+    if ids:
+        rows.append(packed_row(ids, lengths))
+    return [row for row in rows if (row["labels"] != IGNORE_INDEX).any()]
 
 
 def packed_row(ids: list[int], lengths: list[int]) -> dict:

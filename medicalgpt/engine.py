@@ -64,6 +64,7 @@ class FlatLM(nn.Module):
 
     Args:
         lm: the model.
+        autocast_dtype: computes in this type under autocast, in training, probes and evaluation alike.
         neftune_alpha: noise on the embeddings of training batches, scaled per document (NEFTune,
             arXiv:2310.05914).
 
@@ -73,8 +74,15 @@ class FlatLM(nn.Module):
 
     accepts_loss_kwargs = True  # Trainer: the loss is already normalised over the accumulated batch
 
-    def __init__(self, lm: PreTrainedModel | PeftModel, *, neftune_alpha: float | None = None):
+    def __init__(
+        self,
+        lm: PreTrainedModel | PeftModel,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        neftune_alpha: float | None = None,
+    ):
         super().__init__()
+        self.autocast_dtype = autocast_dtype
         self.lm = lm
         self.neftune_alpha = neftune_alpha
         self.padded = False
@@ -117,12 +125,18 @@ class FlatLM(nn.Module):
                 business.
         """
         inputs = {name: batch[name] for name in ("position_ids", "layout", "attention_mask") if name in batch}
-        if self.neftune_alpha and self.training:
-            inputs["inputs_embeds"] = self.noisy_embeddings(input_ids, batch)
-        else:
-            inputs["input_ids"] = input_ids
-        hidden = self.causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, T, H)
-        return self.labelled_logps(hidden.flatten(0, 1)[source_index], target_ids)
+        with self.autocast(input_ids.device):
+            if self.neftune_alpha and self.training:
+                inputs["inputs_embeds"] = self.noisy_embeddings(input_ids, batch)
+            else:
+                inputs["input_ids"] = input_ids
+            hidden = self.causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, T, H)
+            return self.labelled_logps(hidden.flatten(0, 1)[source_index], target_ids)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the context that the model computes in."""
+        dtype = self.autocast_dtype
+        return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
     def noisy_embeddings(self, input_ids: torch.Tensor, batch: dict) -> torch.Tensor:
         """Return embeddings with uniform noise of magnitude α / √(L·H), L a document's tokens, (B, T, H)."""
@@ -133,8 +147,9 @@ class FlatLM(nn.Module):
             ]
         else:
             lengths = batch["attention_mask"].sum(-1, keepdim=True).expand_as(input_ids)
-        magnitude = self.neftune_alpha / (lengths.to(embeddings) * embeddings.shape[-1]).sqrt()
-        return embeddings + torch.empty_like(embeddings).uniform_(-1, 1) * magnitude[..., None]
+        magnitude = self.neftune_alpha / (lengths.to(embeddings.device).float() * embeddings.shape[-1]).sqrt()
+        noise = torch.empty_like(embeddings, dtype=torch.float32).uniform_(-1, 1) * magnitude[..., None]
+        return embeddings + noise.to(embeddings.dtype)
 
     def labelled_logps(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Project hidden states (N, H) to the vocabulary and return the targets' log-probabilities, (N,)."""

@@ -16,6 +16,8 @@ from typing import TextIO
 
 logger = logging.getLogger("medicalgpt")
 
+INTERRUPTED = 130  # exit code of a tool, and of a stage at the second Ctrl-C
+
 
 class MedicalGPTError(Exception):
     """A refusal to act on: one line with what is wrong, the value seen, what is allowed, the mend."""
@@ -121,8 +123,11 @@ def first_line(error: BaseException) -> str:
     return text if isinstance(error, MedicalGPTError) else f"{type(error).__name__}: {text}"
 
 
-def run_script(main: Callable[[list[str]], None]) -> None:
+def run_script(main: Callable[[list[str]], None], *, resumable: bool = False) -> None:
     """Run `main(argv)` and exit with the code of `errors`: one line on stderr per refusal.
+
+    Args:
+        resumable: the same command continues what was stopped (a stage).
 
     `--debug` anywhere on the command line also prints the traceback. Under torchrun a refusal that every
     rank meets is printed by rank 0; a fault of one rank names it. When MEDICALGPT_EXIT_FILE is set (by the
@@ -131,17 +136,17 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     argv = [arg for arg in sys.argv[1:] if arg != "--debug"]
     debug = len(argv) < len(sys.argv) - 1
     start_logging()
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(StoppedError.exit_code)
-    )  # before the first step: at once
+    # A stage that has not begun its first step has nothing to save and is continued by the same command.
+    stopped = StoppedError.exit_code if resumable else INTERRUPTED
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(stopped))
     code = 0
     try:
         main(argv)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
-        code = StoppedError.exit_code
-        report(RunError("interrupted before the first step; nothing to save"), debug)
+        code = stopped
+        report(RunError("interrupted; nothing was saved"), debug)
     except BrokenPipeError:  # whoever read the standard output has gone
         sys.stdout, code = None, RunError.exit_code
     except Exception as error:

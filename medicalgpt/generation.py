@@ -100,6 +100,7 @@ class Generator:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.stop_ids = chat_format.stop_ids(tokenizer)
+        self.thought = chat_format.template.thought
         self.stop_texts = [stop for stop in chat_format.stops if stop not in tokenizer.get_vocab()]
         self.settings = settings
         # What the model's own configuration says about sampling would come back for every setting left out
@@ -152,4 +153,9 @@ class Generator:
         if stop_text:
             text = text[: text.index(stop_text)]
         reason = "stop" if end is not None or stop_text else "interrupted" if was_interrupted else "length"
-        return Answer(text.strip(), reason, num_prompt_tokens, len(ids) if end is None else end + 1)
+        if self.thought:  # an empty one says nothing
+            text = text.removeprefix("\n\n".join(self.thought).rstrip())
+        length = len(ids) if end is None else end + 1
+        while end is None and length and ids[length - 1] == self.tokenizer.pad_token_id:
+            length -= 1  # rows of a batch that ended before the longest are filled up
+        return Answer(text.strip(), reason, num_prompt_tokens, length)

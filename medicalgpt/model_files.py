@@ -78,12 +78,19 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTr
     Raises:
         ModelError: there is none, or it does not load.
     """
+    if not any(directory.glob("*token*")):
+        raise ModelError(f"{directory} holds no tokenizer (tokenizer.json); give the directory that does")
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(f"{directory}: the tokenizer does not load: {first_line(error)[:200]}") from None
     if not len(tokenizer):
         raise ModelError(f"{directory} holds no tokenizer; give one with --tokenizer_name_or_path")
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{directory}: {type(tokenizer).__name__} has no fast form (tokenizer.json), which is needed to "
+            "keep text and control tokens apart; use a version of the model that has it"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

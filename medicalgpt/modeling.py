@@ -10,6 +10,7 @@ from medicalgpt.arguments import DTYPES, AdapterArguments, ModelArguments
 from medicalgpt.attention import FLAT_ATTENTION
 from medicalgpt.errors import ConfigError, ModelError, first_line
 from medicalgpt.model_files import adapter_settings, check_safetensors, weights_are_readable
+from medicalgpt.run_record import read_run
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -23,6 +24,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger("medicalgpt")
+
+EMBEDDINGS = {"embed_tokens", "lm_head"}  # one matrix where they are tied
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
@@ -96,6 +99,11 @@ def quantization_config(bits: int | None, compute_dtype: torch.dtype) -> BitsAnd
     return BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else None
 
 
+def context_length(config: PretrainedConfig) -> int | None:
+    """Return how many tokens the model was made for; None where it sets no limit."""
+    return config.get_text_config().to_dict().get("max_position_embeddings")
+
+
 def scaled_rope(config: PretrainedConfig, kind: str, max_length: int) -> PretrainedConfig:
     """Stretch the rotary positions so that `max_length` tokens fit; a long enough context stays as it is.
 
@@ -103,22 +111,29 @@ def scaled_rope(config: PretrainedConfig, kind: str, max_length: int) -> Pretrai
         ModelError: the model has no rotary positions.
     """
     text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None)
-    if not rope or "rope_theta" not in rope:
+    rope, context = text.to_dict().get("rope_parameters"), context_length(config)
+    if not rope or "rope_theta" not in rope or not context:
         raise ModelError(f"--rope_scaling {kind}: {config.model_type} has no single set of rotary positions")
-    factor = math.ceil(max_length / text.max_position_embeddings)
+    factor = math.ceil(max_length / context)
     if factor > 1:
-        text.rope_parameters = {
-            **rope,
-            "rope_type": kind,
-            "factor": float(factor),
-            "original_max_position_embeddings": text.max_position_embeddings,
-        }
+        stretched = {"rope_type": kind, "factor": float(factor), "original_max_position_embeddings": context}
+        text.rope_parameters = {**rope, **stretched}
+        text.max_position_embeddings = factor * context
     return config
 
 
+def config_as_trained(config: PretrainedConfig, adapter_dir: Path) -> PretrainedConfig:
+    """Return the base's configuration with the positions that an adapter was trained with."""
+    trained = (read_run(adapter_dir) or {}).get("arguments", {})
+    if not trained.get("rope_scaling"):
+        return config
+    return scaled_rope(
+        config, trained["rope_scaling"], trained.get("model_max_length") or trained["block_size"]
+    )
+
+
 def choose_dtype(
-    model_args: ModelArguments, adapter_args: AdapterArguments, *, bf16: bool, use_cpu: bool
+    model_args: ModelArguments, adapter_args: AdapterArguments, *, bf16: bool, fp16: bool, use_cpu: bool
 ) -> torch.dtype:
     """Return the type that the weights are kept in.
 
@@ -128,6 +143,13 @@ def choose_dtype(
     if not adapter_args.use_peft:
         return torch.float32
     dtype = DTYPES[model_args.torch_dtype]
+    if adapter_args.modules_to_save and dtype != torch.float32 and not (bf16 or fp16):
+        raise ConfigError(
+            f"--modules_to_save on a {model_args.torch_dtype} base needs --bf16 True (or --fp16 True), or "
+            "--torch_dtype float32"
+        )
+    if fp16 and dtype == torch.bfloat16:
+        raise ConfigError("--fp16 True needs --torch_dtype float16")
     if use_cpu and dtype == torch.float16:
         raise ConfigError("--torch_dtype float16 needs a GPU and there is none; use bfloat16 or float32")
     return torch.float32 if use_cpu and dtype == torch.bfloat16 and not bf16 else dtype
@@ -181,12 +203,16 @@ def add_adapters(model: PreTrainedModel, args: AdapterArguments) -> PeftModel:
             lora_dropout=args.lora_dropout,
             target_modules="all-linear" if args.target_modules == "all" else names(args.target_modules),
             modules_to_save=modules_to_save,
-            ensure_weight_tying=bool(modules_to_save) and tied,
+            ensure_weight_tying=tied and bool(EMBEDDINGS & set(modules_to_save or [])),
         )
-        check_layer_names(
-            model, "--target_modules", None if args.target_modules == "all" else config.target_modules
-        )
+        targets = [] if args.target_modules == "all" else names(args.target_modules)
+        check_layer_names(model, "--target_modules", targets)
         check_layer_names(model, "--modules_to_save", modules_to_save)
+        if tied and EMBEDDINGS & set(targets):
+            raise ConfigError(
+                "--target_modules: input and output embeddings of this model are one matrix, and an adapter "
+                "on one of them would change both; use --modules_to_save embed_tokens,lm_head"
+            )
         adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:

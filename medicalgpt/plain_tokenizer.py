@@ -4,8 +4,6 @@ import json
 import re
 from collections.abc import Sequence
 
-from medicalgpt.errors import ModelError
-
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -15,19 +13,12 @@ class PlainTokenizer:
 
     Args:
         tokenizer: a fast tokenizer; its added tokens (special or not) are the control tokens.
-
-    Raises:
-        ModelError: the tokenizer has no fast form.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        if not tokenizer.is_fast:
-            raise ModelError(
-                f"{tokenizer.name_or_path}: {type(tokenizer).__name__} has no fast form (tokenizer.json); "
-                "save one with a version of the model that has it"
-            )
         self.control_ids: dict[str, int] = dict(tokenizer.get_added_vocab())
-        self.forbidden = frozenset(self.control_ids.values())
+        # An unknown character is the unknown token, and forges nothing.
+        self.forbidden = frozenset(self.control_ids.values()) - {tokenizer.unk_token_id}
         names = sorted(map(re.escape, self.control_ids), key=len, reverse=True)
         self.control_pattern = re.compile(f"({'|'.join(names)})") if names else re.compile("(?!)")
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -48,14 +39,14 @@ class PlainTokenizer:
         ]
 
     def encode_apart(self, text: str, *, at_start: bool) -> list[int]:
-        """Encode a text that would give a control token although none is known: its first letter alone."""
-        match = self.control_pattern.search(text)
-        backend = self.at_start if at_start else self.inside
-        if match is None:
-            return [i for i in backend.encode(text).ids if i not in self.forbidden]
-        cut = match.start() + 1
-        head = [i for i in backend.encode(text[:cut]).ids if i not in self.forbidden]
-        return head + self.encode([text[cut:]])[0]
+        """Encode a text that would give a control token although none is known: cut inside every marker."""
+        ids, begin = [], 0
+        cuts = [match.start() + 1 for match in self.control_pattern.finditer(text)]
+        for cut in [*cuts, len(text)]:
+            backend = self.at_start if at_start and begin == 0 else self.inside
+            ids += [i for i in backend.encode(text[begin:cut]).ids if i not in self.forbidden]
+            begin = cut
+        return ids
 
 
 def without_dummy_prefix(spec: dict) -> dict:

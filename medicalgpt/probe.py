@@ -4,10 +4,12 @@ import logging
 
 from medicalgpt.collator import FlatCollator
 from medicalgpt.engine import FlatLM
+from medicalgpt.errors import ModelError
 from medicalgpt.tokenization import tokens
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 logger = logging.getLogger("medicalgpt")
 
@@ -21,39 +23,83 @@ def probe_batch(documents: list[list[int]], device: torch.device, *, padded: boo
 
 
 def confines_documents(model: FlatLM, vocab_size: int) -> bool:
-    """Return whether documents of one row stay apart.
+    """Return whether documents of one row stay apart and say what the model itself says about them.
 
-    Two rows that differ in their first document must agree on the second, and agree with it alone. Models
-    that ignore the attention function, or carry state along the row, fail, and are trained on padded rows.
+    Two rows that differ in their first document must agree on the second, and agree with the model's own
+    forward on it alone. Models that ignore the attention function, keep a window only in their mask, or carry
+    state along the row, fail, and are trained on padded rows.
     """
-    generator = torch.Generator().manual_seed(0)
-    a, b, c = torch.randint(min(10, vocab_size - 1), vocab_size, (3, 24), generator=generator).tolist()
-    parameter = next(model.parameters())
-    was_training = model.training
-    model.eval()
+    a, b, c = probe_documents(vocab_size)
+    device = next(model.parameters()).device
     try:
         with torch.no_grad():
-            beside_a, beside_b, alone = (
-                model(**probe_batch(documents, parameter.device))[-len(c) + 1 :]
-                for documents in ([a, c], [b, c], [c])
-            )
-    except (TypeError, ValueError, RuntimeError):
+            beside_a, beside_b = (model(**probe_batch([x, c], device))[-len(c) + 1 :] for x in (a, b))
+    except (TypeError, ValueError, AttributeError, KeyError):
         return False
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "dtype" in str(error):
+            raise
+        return False
+    half = next(model.parameters()).dtype != torch.float32 or model.autocast_dtype is not None
+    same = (beside_a - beside_b).abs().max() < (1e-2 if half else 1e-4)
+    return bool(same and agrees_with(own_logps(model, c), beside_a, half))
+
+
+def probe_documents(vocab_size: int) -> list[list[int]]:
+    """Return three documents of random tokens."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(min(10, vocab_size - 1), vocab_size, (3, 24), generator=generator).tolist()
+
+
+def own_logps(model: FlatLM, document: list[int]) -> torch.Tensor:
+    """Return the log-probabilities of a document by the model's own forward and attention, (T - 1,)."""
+    causal_lm = model.causal_lm
+    used = causal_lm.config._attn_implementation
+    ids = torch.tensor([document], device=next(model.parameters()).device)
+    causal_lm.set_attn_implementation(own_attention(causal_lm))
+    try:
+        with torch.no_grad(), model.autocast(ids.device):
+            log_softmax = causal_lm(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
     finally:
-        model.train(was_training)
-    loose = 1e-3 if parameter.dtype == torch.float32 else 0.25
-    return bool((beside_a - beside_b).abs().max() < 1e-4 and (beside_a - alone).abs().max() < loose)
+        causal_lm.set_attn_implementation(used)
+    return log_softmax[:-1].gather(1, ids[0, 1:, None])[:, 0]
+
+
+def own_attention(causal_lm: PreTrainedModel) -> str:
+    """Return the library's attention for a model."""
+    return "sdpa" if causal_lm._supports_sdpa else "eager"
+
+
+def agrees_with(expected: torch.Tensor, actual: torch.Tensor, half: bool) -> bool:
+    """Return whether two computations of the same log-probabilities differ by rounding only."""
+    return bool((expected - actual).abs().mean() < (0.1 if half else 1e-3))
 
 
 def choose_rows(model: FlatLM) -> None:
-    """Decide by the probe whether the model's batches are flat rows or padded ones; say so if padded."""
-    causal_lm = model.causal_lm
-    model.padded = not confines_documents(model, causal_lm.get_input_embeddings().num_embeddings)
+    """Decide by the probe whether the model's batches are flat rows or padded ones; say so if padded.
+
+    Raises:
+        ModelError: the log-probabilities computed here are not the model's own either way.
+    """
+    causal_lm, was_training = model.causal_lm, model.training
+    vocab_size = causal_lm.get_input_embeddings().num_embeddings
+    model.eval()
+    model.padded = not confines_documents(model, vocab_size)
     if model.padded:
-        causal_lm.set_attn_implementation("sdpa" if causal_lm._supports_sdpa else "eager")
+        causal_lm.set_attn_implementation(own_attention(causal_lm))
         logger.info(
             "padded=True: documents of one row would see each other in this model, so rows hold one document"
         )
+        document, parameter = probe_documents(vocab_size)[0], next(model.parameters())
+        half = parameter.dtype != torch.float32 or model.autocast_dtype is not None
+        with torch.no_grad():
+            logps = model(**probe_batch([document], parameter.device, padded=True))
+        if not agrees_with(own_logps(model, document), logps, half):
+            raise ModelError(
+                f"{causal_lm.config.model_type}: the model does something to its logits that this toolkit "
+                "does not know; it cannot be trained here"
+            )
+    model.train(was_training)
 
 
 class SavedBytes:

@@ -1,8 +1,9 @@
 """Raw data files → records: the one owner of field names, and the one reader of every stage.
 
     text   {"text": …} lines, or .txt files
-    chat   {"conversations": [{"from": "system|human|gpt", "value": …}]}  or  {"messages": [{"role",
-    "content"}]} pair   {"question", "response_chosen", "response_rejected"[, "system", "history"]}
+    chat   {"conversations": [{"from": "system|human|gpt", "value": …}]}
+           or {"messages": [{"role": "system|user|assistant", "content": …}]}
+    pair   {"question", "response_chosen", "response_rejected"[, "system", "history"]}
            or {"conversations": [… ending with human], "chosen", "rejected"}
 
 A wrong row is refused as `file:line: field: what; mend`. Standard library only, so that tools answer at once.

@@ -1,6 +1,7 @@
 """run.json: what a run is, what it was made from, and whether a repeated command means the same run."""
 
 import enum
+import hashlib
 import importlib.metadata
 import json
 import shutil
@@ -56,7 +57,6 @@ NEUTRAL_FLAGS = frozenset(
         "train_file_dir",
         "validation_file_dir",
         "do_train",
-        "do_eval",
         "max_eval_samples",
         "per_device_eval_batch_size",
         "ddp_timeout",
@@ -117,13 +117,14 @@ class RunRecord:
         """Describe the run that a command asks for.
 
         Args:
-            base: {"path", "fingerprint"} of the model that is trained on.
-            data: {file: sha256}.
+            base: {"path", "fingerprint", "config", "tokenizer", "adapter"} of what is trained on.
+            data: {file: sha256}, in reading order.
             parent: the base's own run.json, if it has one.
         """
         values = values_of(flags)
         identity = {name: value for name, value in values.items() if name not in NEUTRAL_FLAGS}
-        identity |= {"base": base["fingerprint"], "data": sorted(data.values()), "template": template}
+        identity |= {"base": base["fingerprint"], "config": base["config"], "tokenizer": base["tokenizer"]}
+        identity |= {"data": list(data.values()), "template": template, "peft_path": base["adapter"]}
         identity |= {"world_size": flags.run.world_size}
         identity |= {f"version of {name}": value for name, value in versions().items()}
         content = {
@@ -235,6 +236,14 @@ def recorded_template(directory: Path) -> str | None:
     return (read_run(directory) or {}).get("template")
 
 
+def config_fingerprint(directory: Path) -> str:
+    """Return a fingerprint of what a model's config.json says about its architecture."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    names = ("transformers_version", "_name_or_path", "use_cache", "dtype", "torch_dtype")
+    kept = {name: value for name, value in config.items() if name not in names}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def check_base(adapter_dir: Path, base_dir: Path) -> bool:
     """Return True when the adapter was trained on this base, False when nobody wrote down on which.
 
@@ -255,5 +264,10 @@ def check_base(adapter_dir: Path, base_dir: Path) -> bool:
         raise ModelError(
             f"{adapter_dir} was trained on {run['base']['path']} (fingerprint {trained_on}), not on "
             f"{base_dir} (fingerprint {own}); give that base"
+        )
+    config = run["base"].get("config")
+    if config is not None and config != config_fingerprint(base_dir):
+        raise ModelError(
+            f"{base_dir}/config.json was changed since {adapter_dir} was trained on it; restore it"
         )
     return True

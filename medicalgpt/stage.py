@@ -1,5 +1,6 @@
 """The steps that every stage takes in the same way: open the run, build the model, report, train, publish."""
 
+import hashlib
 import itertools
 import json
 import logging
@@ -17,15 +18,15 @@ from medicalgpt.dataset import Data
 from medicalgpt.engine import FlatLM
 from medicalgpt.errors import ConfigError, DataError, ModelError, StoppedError, is_main_rank
 from medicalgpt.model_files import adapter_settings, load_config, load_tokenizer, resolve_model_dir
-from medicalgpt.modeling import add_adapters, choose_dtype, load_base, scaled_rope
+from medicalgpt.modeling import add_adapters, choose_dtype, context_length, load_base, scaled_rope
 from medicalgpt.probe import bytes_saved_for_backward, choose_rows, free_memory
-from medicalgpt.run_record import RunRecord, read_run, recorded_template
+from medicalgpt.run_record import RunRecord, check_base, config_fingerprint, read_run, recorded_template
 from medicalgpt.tokenization import IGNORE_INDEX, ChatEncoder, ChatFormat
 from medicalgpt.trainer import StageTrainer
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 
 logger = logging.getLogger("medicalgpt")
 
@@ -49,6 +50,19 @@ class Base:
     def template_name(self) -> str | None:
         """The name of the chat format."""
         return self.chat_format.template.name if self.chat_format else None
+
+    def fingerprints(self, adapter: str | None) -> dict[str, str | None]:
+        """Return what tells this base, its tokenizer and the adapter to go on with from any other."""
+        backend = (
+            self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else repr(self.tokenizer)
+        )
+        return {
+            "path": str(self.directory),
+            "fingerprint": fingerprint(self.directory),
+            "config": config_fingerprint(self.directory),
+            "tokenizer": hashlib.sha256(backend.encode()).hexdigest()[:16],
+            "adapter": fingerprint(Path(adapter)) if adapter else None,
+        }
 
     def save_tokenizer(self, directory: Path) -> None:
         """Write the tokenizer, with the chat template that was trained."""
@@ -75,6 +89,7 @@ def open_base(flags: StageFlags) -> Base:
     )
     if flags.adapter.peft_path:
         adapter_settings(Path(flags.adapter.peft_path))
+        check_base(Path(flags.adapter.peft_path), directory)
     if flags.chat is None:
         return Base(directory, tokenizer, None)
     template = resolve_template(
@@ -96,12 +111,13 @@ def open_run(stage: str, flags: StageFlags, base: Base, data: Data) -> RunRecord
     record = RunRecord.begin(
         stage,
         flags,
-        base={"path": str(base.directory), "fingerprint": fingerprint(base.directory)},
+        base=base.fingerprints(flags.adapter.peft_path),
         data=data.files,
         template=base.template_name,
         parent=read_run(base.directory),
     )
-    record.check_place()
+    if is_main_rank():
+        record.check_place()
     if not flags.run.do_train:
         if read_run(output_dir) is not None:
             raise ConfigError(
@@ -119,7 +135,7 @@ def open_run(stage: str, flags: StageFlags, base: Base, data: Data) -> RunRecord
             "already complete: %s (nothing was changed; --overwrite_output_dir True trains anew)", output_dir
         )
         return None
-    record.checkpoint = choose_checkpoint(flags.run)
+    record.checkpoint = choose_checkpoint(flags.run, record)
     return record
 
 
@@ -129,7 +145,7 @@ def wait_for_ranks() -> None:
         torch.distributed.barrier()
 
 
-def choose_checkpoint(args: StageArguments) -> str | None:
+def choose_checkpoint(args: StageArguments, record: RunRecord) -> str | None:
     """Return the checkpoint to continue from: the newest whole one, or the one that the flag names.
 
     Raises:
@@ -140,6 +156,7 @@ def choose_checkpoint(args: StageArguments) -> str | None:
         why = why_not_whole(Path(asked))
         if why:
             raise ModelError(f"--resume_from_checkpoint {asked} is not whole: {why}")
+        RunRecord(Path(asked), record.content).is_complete()  # refuses another run's checkpoint
         return asked
     found, skipped = newest_whole(Path(args.output_dir))
     if found and str(asked).lower() == "false":
@@ -186,7 +203,15 @@ def build_model(
     config = load_config(base.directory, trust_remote_code=model_args.trust_remote_code)
     if model_args.rope_scaling:
         config = scaled_rope(config, model_args.rope_scaling, max_length)
-    dtype = choose_dtype(model_args, flags.adapter, bf16=args.bf16, use_cpu=args.use_cpu)
+    context = context_length(config)
+    if context and max_length > context:
+        logger.warning(
+            "warning: texts of up to %d tokens are longer than the model's context of %d; lower the limit or "
+            "add --rope_scaling yarn",
+            max_length,
+            context,
+        )
+    dtype = choose_dtype(model_args, flags.adapter, bf16=args.bf16, fp16=args.fp16, use_cpu=args.use_cpu)
     lm = load_base(base.directory, config, dtype, model_args, flags.adapter.quantization_bits)
     if len(base.tokenizer) > lm.get_input_embeddings().num_embeddings:
         raise ModelError(
@@ -196,7 +221,8 @@ def build_model(
     set_seed(args.seed)  # adapters start from random numbers
     if flags.adapter.use_peft:
         lm = add_adapters(lm, flags.adapter)
-    model = FlatLM(lm, neftune_alpha=neftune_alpha).to(args.device)
+    autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    model = FlatLM(lm, autocast_dtype=autocast_dtype, neftune_alpha=neftune_alpha).to(args.device)
     choose_rows(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -220,10 +246,12 @@ def choose_activation_checkpointing(model: FlatLM, args: StageArguments, example
         needed = sum(longest) * bytes_saved_for_backward(
             model, model.causal_lm.get_input_embeddings().num_embeddings
         )
+        # A gradient and two Adam moments in float32 come with every trained weight.
+        needed += 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         free = free_memory(args.world_size)
         mode = "true" if needed > 0.6 * free else "false"
         logger.info(
-            "activation_checkpointing=%s: the largest step of %d tokens keeps %.2f GB, %.2f GB are free",
+            "activation_checkpointing=%s: the largest step of %d tokens needs %.2f GB, %.2f GB are free",
             mode,
             sum(longest),
             needed / 1e9,
@@ -302,23 +330,34 @@ def run_training(trainer: StageTrainer, record: RunRecord, base: Base) -> None:
         return
     if is_main_rank():
         record.save()
-    result = trainer.train(resume_from_checkpoint=record.checkpoint)
+    metrics = train(trainer, record.checkpoint)
     if trainer.stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise StoppedError(
             f"after step {trainer.state.global_step} of {trainer.state.max_steps}, with a whole "
             "checkpoint; the same command continues"
         )
-    metrics = dict(
-        result.metrics,
-        train_loss=trainer._total_loss_scalar / trainer.state.global_step,
-        train_steps=trainer.state.global_step,
-    )
     evaluation = trainer.evaluate() if args.do_eval else {}
     if is_main_rank():
         publish_result(trainer, record, base, metrics, evaluation)
     wait_for_ranks()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def train(trainer: StageTrainer, checkpoint: str | None) -> dict[str, float]:
+    """Train from the start or from a checkpoint, and return the metrics of training.
+
+    A checkpoint of the last step only lacks what comes after training: the loop would add a step to it.
+    """
+    if checkpoint:
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        if state.global_step >= state.max_steps:
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+            return {"train_steps": state.global_step}
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    steps = trainer.state.global_step
+    return dict(result.metrics, train_loss=trainer._total_loss_scalar / steps, train_steps=steps)
 
 
 def publish_result(

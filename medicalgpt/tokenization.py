@@ -74,10 +74,16 @@ class ChatFormat:
 
 @dataclass
 class Tokens:
-    """Ids and labels of one turn, growing; labels are IGNORE_INDEX where nothing is trained."""
+    """Ids and labels of one turn, growing; labels are IGNORE_INDEX where nothing is trained.
+
+    Attributes:
+        answer: where the turn's answer with its stop begins and ends, in tokens; None while it has none.
+        hidden_stop: a stop that is the label of the next token, whichever turn that belongs to.
+    """
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
+    answer: tuple[int, int] | None = None
     hidden_stop: int | None = None
 
     def add(self, ids: list[int], trained: bool) -> None:
@@ -85,13 +91,25 @@ class Tokens:
         labels = list(ids) if trained else [IGNORE_INDEX] * len(ids)
         if self.hidden_stop is not None and ids:
             labels[0], self.hidden_stop = self.hidden_stop, None
+        if trained:
+            start = self.answer[0] if self.answer else len(self.ids)
+            self.answer = start, len(self.ids) + len(ids)
         self.ids += ids
         self.labels += labels
 
     @property
     def answer_start(self) -> int:
-        """Index of the first trained token."""
-        return next((i for i, label in enumerate(self.labels) if label != IGNORE_INDEX), len(self.labels))
+        """Where the answer begins; the end of a turn without one."""
+        return self.answer[0] if self.answer else len(self.ids)
+
+    @property
+    def tail(self) -> int:
+        """How many tokens stand behind the answer and its stop."""
+        return len(self.ids) - self.answer[1] if self.answer else 0
+
+    def cut(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        del self.ids[length:], self.labels[length:]
 
 
 class Run(NamedTuple):
@@ -240,11 +258,11 @@ class ChatEncoder:
             return None
         if any([cap_answer(turn, self.max_target_length) for turn in turns[:-1]]):
             log.add("earlier_answer_capped", origin)
-        if untrained_tail(last) and before + len(last.ids) > self.max_length:
-            del last.ids[-untrained_tail(last) :], last.labels[-untrained_tail(last) :]
-        if len(last.ids) - untrained_tail(last) - answer > room:
+        if len(last.ids) - last.tail - answer > room:
             log.add("answer_cut", origin)
-            del last.ids[answer + room :], last.labels[answer + room :]
+            last.cut(answer + room)
+        elif before + len(last.ids) > self.max_length:
+            last.cut(len(last.ids) - last.tail)
         return Tokens([i for turn in turns for i in turn.ids], [i for turn in turns for i in turn.labels])
 
     def drop_oldest(
@@ -266,9 +284,7 @@ class ChatEncoder:
         """True when the turns are within the limit and their prompt within its cap."""
         total = sum(len(turn.ids) for turn in turns)
         answer = len(turns[-1].ids) - turns[-1].answer_start
-        return (
-            total - untrained_tail(turns[-1]) <= self.max_length and total - answer <= self.max_source_length
-        )
+        return total - turns[-1].tail <= self.max_length and total - answer <= self.max_source_length
 
     # ---- pairs ---------------------------------------------------------------------------------------------
 
@@ -301,7 +317,7 @@ class ChatEncoder:
             chosen, rejected = self.encode_turns([(*shorter[:-1], side[-1]) for side in sides])
         if max(a, b):
             log.add("oldest_turns_dropped", origin)
-        flat = [Tokens([i for t in side for i in t.ids], prompt_ignored(side)) for side in (chosen, rejected)]
+        flat = [last_answer_only(side) for side in (chosen, rejected)]
         prompt = common_prefix(*(side.ids[: side.answer_start] for side in flat))
         room = min(self.max_length - prompt, self.max_target_length)
         if prompt > self.max_source_length or room < 1:
@@ -310,7 +326,7 @@ class ChatEncoder:
         example = {"prompt_ids": tokens(flat[0].ids[:prompt])}
         cut = False
         for name, side in zip(("chosen", "rejected"), flat, strict=True):
-            end = len(side.ids) - untrained_tail(side)
+            end = len(side.ids) - side.tail
             cut |= end - prompt > room
             end = min(end, prompt + room)
             example[f"{name}_ids"] = tokens(side.ids[prompt:end])
@@ -318,11 +334,6 @@ class ChatEncoder:
         if cut:
             log.add("answer_cut", origin)
         return example
-
-
-def untrained_tail(turn: Tokens) -> int:
-    """Return how many tokens stand behind the last trained one."""
-    return next((i for i, label in enumerate(reversed(turn.labels)) if label != IGNORE_INDEX), 0)
 
 
 def cap_answer(turn: Tokens, max_target_length: int) -> bool:
@@ -333,13 +344,12 @@ def cap_answer(turn: Tokens, max_target_length: int) -> bool:
     return bool(beyond)
 
 
-def prompt_ignored(turns: list[Tokens]) -> list[int]:
-    """Return the labels of a conversation in which only the last answer counts."""
-    last = turns[-1]
-    labels = [IGNORE_INDEX] * sum(len(turn.ids) for turn in turns[:-1]) + list(last.labels)
-    if len(turns) > 1 and last.labels and last.answer_start == 0:  # a hidden stop of the answer before
-        labels[-len(last.labels)] = IGNORE_INDEX
-    return labels
+def last_answer_only(turns: list[Tokens]) -> Tokens:
+    """Return a conversation as one turn in which nothing before the last answer is trained."""
+    last, ids = turns[-1], [i for turn in turns for i in turn.ids]
+    before = len(ids) - len(last.ids)
+    start, end = before + last.answer_start, len(ids) - last.tail
+    return Tokens(ids, [IGNORE_INDEX] * start + last.labels[last.answer_start :], (start, end))
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

@@ -34,6 +34,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 logger = logging.getLogger("medicalgpt")
 
+MAX_SKIPPED_STEPS = 20  # in a row, by the loss scaling of fp16
+
 
 class StageTrainer(Trainer):
     """Trains a FlatLM on flat batches.
@@ -55,6 +57,7 @@ class StageTrainer(Trainer):
         self.saving_dir: Path | None = None
         self.sums: dict[str, float] = defaultdict(float)
         self.clock = time.perf_counter()
+        self.skipped_steps = 0
         self.stop = StopOnSignal()
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -128,7 +131,10 @@ class StageTrainer(Trainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor:
         """Return the gradient norm, and stop before the optimizer step when it is not finite."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        if not self.args.fp16 and not math.isfinite(float(grad_norm)):
+        finite = math.isfinite(float(grad_norm))
+        self.skipped_steps = 0 if finite else self.skipped_steps + 1
+        # Loss scaling of fp16 meets infinities now and then, and skips those steps itself.
+        if not finite and (not self.args.fp16 or self.skipped_steps > MAX_SKIPPED_STEPS):
             bad = next(
                 (
                     name
@@ -148,6 +154,10 @@ class StageTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the means since the last log, and the tokens per second of all ranks."""
         if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise RunError(
+                    f"step {self.state.global_step}: the loss is {logs['loss']}; nothing more is saved"
+                )
             sums = self.reduce(self.sums)
             elapsed, self.clock = time.perf_counter() - self.clock, time.perf_counter()
             items, num_tokens = sums.pop("items", 0), sums.pop("tokens", 0)
@@ -179,7 +189,7 @@ class StageTrainer(Trainer):
         loader = DataLoader(own, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
         start, sums = time.perf_counter(), defaultdict(float, {"items": 0.0, "loss": 0.0})
         self.model.eval()
-        for batch in loader:
+        for batch in loader if len(own) else [self.data_collator([])]:  # every rank has every metric
             batch = self._prepare_inputs(batch)
             for name, value in self.batch_sums(self.model, batch).items():
                 sums[name] += value.item()
@@ -272,7 +282,8 @@ class RestoreSums(TrainerCallback):
         trainer._tr_loss += progress["tr_loss"]
         trainer._total_loss_scalar = progress["total_loss"]
         trainer._globalstep_last_logged = progress["last_logged"]
-        trainer.sums.update(progress["sums"])
+        trainer.sums.update(progress["sums"], tokens=0)  # their time is not known
+        trainer.clock = time.perf_counter()
 
 
 class LanguageModelTrainer(StageTrainer):
@@ -280,8 +291,7 @@ class LanguageModelTrainer(StageTrainer):
 
     def batch_sums(self, model: torch.nn.Module, batch: dict) -> dict[str, torch.Tensor]:
         """Return the negative log-likelihood of the batch, − Σ log p(token | before), in nats."""
-        with self.accelerator.autocast():
-            return {"loss": -model(**batch).sum()}
+        return {"loss": -model(**batch).sum()}
 
     def count_items(self, batch: dict) -> int:
         """Return the number of trained tokens."""
@@ -306,8 +316,9 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, self.receive)
 
     def receive(self, number: int, _) -> None:
-        """Note a signal. torchrun answers Ctrl-C with SIGTERM to its workers: one request, not two."""
-        if self.signal == number and time.monotonic() - self.at > 0.3:
+        """Note a signal; a second one ends the process. torchrun passes Ctrl-C on: twice at once is once."""
+        alone = "RANK" not in os.environ
+        if self.signal is not None and time.monotonic() - self.at > (0.05 if alone else 1.0):
             os._exit(130)
         if self.signal is None:
             self.signal, self.at = number, time.monotonic()

@@ -104,7 +104,7 @@ REFUSED = {
     "--use_peft False --modules_to_save lm_head": r"^--peft_path and --modules_to_save belong to LoRA",
     "--fp16": r"^--fp16 and --bf16 exclude each other, and bf16 is the default; add --bf16 False$",
     "--fp16 --bf16 False": r"^--fp16 needs a GPU and there is none; use --bf16 True or neither$",
-    "--flash_attn": r"^--flash_attn True needs an NVIDIA GPU and there is none; leave it out",
+    "--flash_attn": r"^--flash_attn True needs an NVIDIA GPU of compute capability",
     "--dataset_name medical": r"^give the training data as --train_file_dir DIR or as --dataset_name NAME, exactly one",
 }
 

@@ -514,7 +514,7 @@ def record(
     return RunRecord.begin(
         stage,
         Stage(run),
-        base={"path": "base", "fingerprint": base},
+        base={"path": "base", "fingerprint": base, "config": None, "tokenizer": None, "adapter": None},
         data={"a.jsonl": data},
         template="qwen",
         parent=None,

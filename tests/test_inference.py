@@ -196,3 +196,21 @@ def test_an_existing_output_file_is_not_replaced_without_asking(model_dir, tmp_p
     with pytest.raises(ConfigError, match="exists"):
         answer_file(model_dir, tmp_path, [{"prompt": "Hi"}])
     assert (tmp_path / "a.jsonl").read_text() == "mine\n"
+
+
+def test_an_adapter_on_top_answers_as_the_merged_model(model_dir, data_dir, tmp_path):
+    import merge_peft_adapter
+    import supervised_finetuning
+
+    from test_training import command
+
+    supervised_finetuning.main(command("sft", model_dir, data_dir, tmp_path / "a", max_steps=4))
+    merge_peft_adapter.main(["--base_model", str(model_dir), "--lora_model", str(tmp_path / "a"), "--output_dir",
+                             str(tmp_path / "m")])  # fmt: skip
+    rows = [{"prompt": prompt} for prompt in PROMPTS[:3]]
+    on_top = answer_file(model_dir, tmp_path, rows, "--lora_model", str(tmp_path / "a"))
+    merged = answer_file(tmp_path / "m", tmp_path, rows, "--overwrite", "True")
+    assert [row["response"] for row in on_top] == [row["response"] for row in merged]
+    assert (
+        on_top[0]["response"] != answer_file(model_dir, tmp_path, rows, "--overwrite", "True")[0]["response"]
+    )

@@ -7,12 +7,12 @@ import merge_peft_adapter
 import supervised_finetuning
 from medicalgpt.checkpoint import why_not_whole
 from medicalgpt.errors import ConfigError, ModelError
-from medicalgpt.modeling import load_adapter
 
 import pytest
 import torch
 from conftest import build_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from test_training import command
 from transformers import (
@@ -204,20 +204,63 @@ def test_an_adapter_made_elsewhere_is_merged_with_a_warning(model_dir, trained, 
     assert "has no run.json" in caplog.text
 
 
-def test_a_merge_that_differs_from_its_adapter_is_not_written(model_dir, trained, tmp_path, monkeypatch):
-    """A base that changes on its way to the disk: the proof fails and nothing is left."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fault", ["the adapter is dropped", "it is added twice", "another matrix changes"])
+def test_a_merge_that_is_not_base_and_adapter_is_not_written(fault, dtype, model_dir, tmp_path, monkeypatch):
+    """A weak adapter, whose absence changes the outputs less than rounding may."""
+    base_dir = tmp_path / "base"
+    shutil.copytree(model_dir, base_dir)
+    AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype).save_pretrained(base_dir)
+    random_adapter(tmp_path / "a", AutoModelForCausalLM.from_pretrained(base_dir), lora_alpha=0.5)
 
-    def distorted(base, lora_dir):
-        adapted = load_adapter(base, lora_dir)
-        expected = merge_peft_adapter.probe_outputs(adapted)
-        model = adapted.merge_and_unload()
-        model.model.layers[0].mlp.up_proj.weight.data *= 1.5
-        return model, expected
+    def distorted(self, safe_merge=False):
+        if fault == "the adapter is dropped":
+            return self.unload()
+        if fault == "it is added twice":
+            for module in self.modules():
+                if isinstance(module, LoraLayer):
+                    module.scaling["default"] *= 2
+        model = self._unload_and_optionally_merge(merge=True, safe_merge=safe_merge)
+        if fault == "another matrix changes":
+            model.model.norm.weight.data *= 3
+        return model
 
-    monkeypatch.setattr(merge_peft_adapter, "merge", distorted)
+    monkeypatch.setattr("peft.tuners.lora.LoraModel.merge_and_unload", distorted)
     with pytest.raises(ModelError, match="differs from base"):
-        merge(model_dir, trained, tmp_path / "m")
-    assert not list(tmp_path.iterdir())
+        merge(base_dir, tmp_path / "a", tmp_path / "m")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
+
+
+def test_a_merge_never_replaces_what_it_reads(model_dir, trained):
+    for target in (trained, trained.parent, model_dir):
+        with pytest.raises(ConfigError, match="is, or holds, what is merged"):
+            merge(model_dir, trained, target, overwrite=True)
+    assert (trained / "adapter_model.safetensors").is_file()
+
+
+def test_a_merged_checkpoint_has_the_template_it_was_trained_in(model_dir, trained, tmp_path):
+    merge(model_dir, trained / "checkpoint-3", tmp_path / "m")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Q"}], tokenize=False) == (
+        "<|im_start|>user\nQ<|im_end|>\n"
+    )
+
+
+def test_sampling_settings_without_their_switch_do_not_stop_a_merge(model_dir, trained, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(model_dir, base)
+    (base / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}')
+    merge(base, trained, tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "generation_config.json").read_text())["do_sample"] is True
+
+
+def test_a_base_whose_configuration_changed_is_refused(model_dir, trained, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(model_dir, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(ModelError, match=r"config\.json was changed"):
+        merge(base, trained, tmp_path / "m")
 
 
 def test_a_used_output_directory_is_refused_and_replaced_on_request(model_dir, trained, tmp_path):

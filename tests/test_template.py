@@ -114,6 +114,7 @@ def test_exactly_the_answers_and_their_stops_are_trained(name):
     template = TEMPLATES[name]
     talk = [("user", "Q1"), ("assistant", "A1"), ("user", "Q2"), ("assistant", "A2")]
     turns = render(template, talk, bos="<B>", eos="<E>")
-    trained = [segment.text for turn in turns for segment in turn if segment.trained]
+    trained = [segment.text.strip() for turn in turns for segment in turn if segment.trained]
     stop = template.stop.replace("{eos}", "<E>")
-    assert [text.strip() for text in trained] == ["A1", stop, "A2", stop]
+    thought = ["<think>", "", "</think>"] if template.thought else []
+    assert trained == ["A1", stop, *thought, "A2", stop]

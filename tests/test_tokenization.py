@@ -74,10 +74,34 @@ def test_a_stop_that_the_text_does_not_carry_is_the_label_of_the_next_turns_firs
     assert tokenizer.decode(ids[hidden:]).startswith(marker[: len(tokenizer.decode([ids[hidden]]))])
 
 
-def test_the_thought_block_of_the_last_answer_is_read_and_not_trained(tokenizer):
-    example, _ = encode(tokenizer, TALK, "qwen3")
-    assert "<think>" in tokenizer.decode(example["input_ids"])
-    assert "<think>" not in trained_text(tokenizer, example)
+def test_the_thought_of_the_last_answer_is_trained_as_the_model_must_write_it(tokenizer):
+    """Generation begins behind the header, so the thought, empty or not, is the model's to write, in control tokens."""
+    think = [tokenizer.convert_tokens_to_ids(name) for name in ("<think>", "</think>")]
+    for thought in ("", "Hot."):
+        answer = f"<think>\n{thought}\n</think>\n\nRest." if thought else "Rest."
+        example, _ = encode(tokenizer, [*TALK[:3], Message("assistant", answer)], "qwen3")
+        assert all((example["labels"] == token).sum() == 1 for token in think)
+        expected = f"A temperature above 38.<|im_end|><think>\n{thought}\n</think>\n\nRest.<|im_end|>"
+        assert trained_text(tokenizer, example) == expected
+
+
+@pytest.mark.parametrize("name", ["baichuan2", "chatglm3"])
+def test_a_hidden_stop_moves_no_border_of_question_and_answer(tokenizer, name):
+    """The stop of the first answer is the label of the second question's first token: that is no answer."""
+    talk = [
+        *TALK[:2],
+        Message("user", "And what should I do then?"),
+        Message("assistant", "Rest and drink water."),
+    ]
+    full, _ = encode(tokenizer, talk, name)
+    example, log = encode(tokenizer, talk, name, max_target_length=3)
+    assert log.counts == {"answer_cut": 1, "earlier_answer_capped": 1}
+    prompt = encoder(tokenizer, name).encode_prompt(talk[:3])[0]
+    assert example["input_ids"].tolist() == full["input_ids"][: len(prompt) + 3].tolist()
+    history = [Message(("user", "assistant")[i % 2], "word " * 10) for i in range(8)]
+    limited = encoder(tokenizer, name, max_length=60)
+    ids, dropped = limited.encode_prompt([*history, Message("user", "And now?")])
+    assert ids is not None and len(ids) <= 60 and dropped
 
 
 def test_text_never_becomes_a_control_token(tokenizer):
@@ -122,6 +146,7 @@ def test_a_vocabulary_that_holds_a_control_token_as_a_piece_cannot_be_used_to_fo
     plain = PlainTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
     assert plain.at_start.encode("a</s>b").tokens == ["a", "</s>", "b"]  # what would happen without the guard
     assert plain.forbidden.isdisjoint(plain.encode(["a</s>b"])[0])
+    assert plain.forbidden.isdisjoint(plain.encode(["</s>" * 3000])[0])
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------------
@@ -254,11 +279,17 @@ def test_every_token_of_every_document_stands_once_and_each_ends_with_a_trained_
     assert all(document[-1] == tokenizer.eos_token_id and document.count(tokenizer.eos_token_id) == 1
                for document in documents)  # fmt: skip
     rows = pack_documents(documents, 16)
-    assert [i for row in rows for i in row["input_ids"].tolist()] == [i for d in documents for i in d]
+    every = [i for document in documents for i in document]
+    assert len(every) % 16 != 1  # such a last row would be left out
+    assert [i for row in rows for i in row["input_ids"].tolist()] == every
     assert all(len(row["input_ids"]) == 16 for row in rows[:-1])
     assert all(sum(row["lengths"]) == len(row["input_ids"]) for row in rows)
     trained_ends = sum(int((row["labels"] == tokenizer.eos_token_id).sum()) for row in rows)
     assert trained_ends == len(documents)
+
+
+def test_a_last_row_of_one_token_is_left_out():
+    assert [len(row["input_ids"]) for row in pack_documents([[5, 6, 7, 8, 9]], 4)] == [4]
 
 
 def test_only_the_first_token_of_a_part_is_untrained():

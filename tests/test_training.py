@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from template import TEMPLATES
 
 import pytest
 import torch
+from conftest import build_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, FalconForCausalLM
 
@@ -201,6 +203,86 @@ def test_modules_to_save_keeps_tied_embeddings_one_matrix(model_dir, data_dir, t
     before = load_file(model_dir / "model.safetensors")["model.embed_tokens.weight"]
     assert all(torch.equal(tensor, embeddings[0]) and tensor.dtype == torch.float32 for tensor in embeddings)
     assert not torch.equal(embeddings[0], before)
+
+
+@pytest.mark.parametrize("modules", ["embed_tokens,lm_head", "embed_tokens", "norm"])
+def test_modules_to_save_train_on_a_bfloat16_base(modules, model_dir, data_dir, tmp_path):
+    shutil.copytree(model_dir, tmp_path / "base")
+    AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    flags = {
+        "torch_dtype": "bfloat16",
+        "bf16": True,
+        "gradient_checkpointing": "auto",
+        "modules_to_save": modules,
+    }
+    output = run("sft", tmp_path / "base", data_dir, tmp_path / "o", **flags)
+    losses = [loss for (loss,) in history(output, "loss")]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("change", ["peft_path", "tokenizer", "config", "do_eval"])
+def test_whatever_the_numbers_depend_on_is_part_of_the_run(change, model_dir, data_dir, tmp_path):
+    base, flags = tmp_path / "base", {"max_steps": 1}
+    shutil.copytree(model_dir, base)
+    run("sft", base, data_dir, tmp_path / "o", **flags)
+    if change == "peft_path":
+        flags["peft_path"] = run("sft", base, data_dir, tmp_path / "first", max_steps=1, seed=1)
+    elif change == "tokenizer":
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.add_tokens(["fever"])
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        flags["tokenizer_name_or_path"] = tmp_path / "tokenizer"
+    elif change == "config":
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    else:
+        flags["do_eval"] = False
+    with pytest.raises(ConfigError, match=rf"holds another run .*{change}: "):
+        run("sft", base, data_dir, tmp_path / "o", **flags)
+
+
+def test_an_adapter_of_another_base_is_not_trained_on(model_dir, data_dir, tmp_path, tokenizer):
+    first = run("sft", model_dir, data_dir, tmp_path / "first", max_steps=1)
+    build_model("llama", len(tokenizer), seed=9, tie_word_embeddings=True).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError, match="was trained on"):
+        run("sft", tmp_path / "other", data_dir, tmp_path / "second", peft_path=first)
+
+
+def test_another_runs_checkpoint_is_not_continued_from(model_dir, data_dir, tmp_path):
+    first = run("sft", model_dir, data_dir, tmp_path / "first", max_steps=1, seed=1)
+    with pytest.raises(ConfigError, match=r"holds another run .*seed: 1 → 42"):
+        run("sft", model_dir, data_dir, tmp_path / "o", resume_from_checkpoint=first / "checkpoint-1")
+
+
+def test_a_run_killed_before_it_is_published_adds_no_step(model_dir, data_dir, tmp_path, monkeypatch):
+    flags = {"max_steps": 3, "lr_scheduler_type": "constant", "lora_dropout": 0.1}
+    run("sft", model_dir, data_dir, tmp_path / "whole", **flags)
+    with monkeypatch.context() as patch:
+        patch.setattr("medicalgpt.stage.publish_result", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run("sft", model_dir, data_dir, tmp_path / "killed", **flags)
+    run("sft", model_dir, data_dir, tmp_path / "killed", **flags)
+    assert weights_hash(tmp_path / "killed") == weights_hash(tmp_path / "whole")
+    assert (
+        results(tmp_path / "killed", "eval")["eval_loss"] == results(tmp_path / "whole", "eval")["eval_loss"]
+    )
+
+
+def test_one_text_is_trained_without_validation_and_says_so(model_dir, tmp_path, caplog):
+    (tmp_path / "d" / "pt").mkdir(parents=True)
+    (tmp_path / "d" / "pt" / "novel.txt").write_text("Fever is a temperature above 38 degrees.\n" * 20)
+    run("pt", model_dir, tmp_path / "d", tmp_path / "o", max_steps=1)
+    assert "nothing is evaluated" in caplog.text
+    assert not (tmp_path / "o" / "eval_results.json").exists()
+
+
+def test_more_ranks_than_validation_rows_evaluate_together(model_dir, data_dir, tmp_path):
+    flags = command("dpo", model_dir, data_dir, tmp_path / "two", max_steps=1, max_eval_samples=1)
+    result = torchrun([SCRIPTS["dpo"], *flags], ranks=2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    one = run("dpo", model_dir, data_dir, tmp_path / "one", max_steps=1, max_eval_samples=1, do_train=False)
+    assert results(tmp_path / "two", "eval").keys() == results(one, "eval").keys()
 
 
 def test_training_continues_on_an_adapter(model_dir, data_dir, tmp_path):
