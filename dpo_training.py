@@ -201,7 +201,7 @@ class PreferenceTrainer(StageTrainer):
             "rewards_chosen": chosen.sum(),
             "rewards_rejected": rejected.sum(),
             "margin": margins.sum(),
-            "accuracy": (margins > 0).float().sum(),
+            "accuracy": ((margins.sign() + 1) / 2).sum(),  # a tie is half right
         }
 
     def count_items(self, batch: dict) -> int:

@@ -14,6 +14,7 @@ The chat format is the one the model was trained in; one that contradicts it is 
 import json
 import logging
 import os
+import readline  # noqa: F401  (line editing and history of input())
 import signal
 import sys
 from collections.abc import Iterator
@@ -186,12 +187,16 @@ class AnswerInterrupt:
 
 
 def questions() -> Iterator[str]:
-    """Yield the lines that a person types or a pipe brings, until end of file or Ctrl-C."""
+    """Yield the lines that a person types or a pipe brings, until its end. Ctrl-C drops a line."""
     while True:
         try:
             line = input("\nQuestion: ") if sys.stdin.isatty() else next(sys.stdin).rstrip("\n")
-        except (EOFError, StopIteration, KeyboardInterrupt):
+        except (EOFError, StopIteration):
+            write_now("\n" if sys.stdin.isatty() else "")
             return
+        except KeyboardInterrupt:
+            write_now("\n")
+            continue
         if line.strip():
             yield line
 
@@ -307,12 +312,30 @@ def answer_fields(answer: Answer | None, limit: int) -> dict:
     }
 
 
+def check_output(args: InferenceArguments) -> None:
+    """Refuse an output file that cannot be written, before a model is loaded."""
+    output = Path(args.output_file)
+    require(not output.is_dir(), f"--output_file {output} is a directory; expected a file's name")
+    require(output.parent.is_dir(), f"--output_file {output}: the directory {output.parent} does not exist")
+    require(
+        os.access(output.parent, os.W_OK), f"--output_file {output}: {output.parent} cannot be written to"
+    )
+    require(
+        output.resolve() != Path(args.data_file).resolve(),
+        f"--output_file {output} is --data_file itself; use another name",
+    )
+    require(
+        not output.exists() or args.overwrite,
+        f"--output_file {output} exists; use another name or --overwrite True",
+    )
+
+
 def main(argv: list[str]) -> None:
     """Chat, or answer a file."""
     # 1. Flags and prompts
     (args,) = parse_arguments(argv, (InferenceArguments,), __doc__, {})
-    if args.output_file and Path(args.output_file).exists() and not args.overwrite:
-        raise ConfigError(f"--output_file {args.output_file} exists; use another name or --overwrite True")
+    if args.output_file:
+        check_output(args)
     prompts = read_prompts(args.data_file) if args.data_file else None
 
     # 2. Model

@@ -238,9 +238,15 @@ def main(argv: list[str]) -> None:
     adapter_settings(lora_dir)
 
     for source in (lora_dir, base_dir):
+        inside = output_dir.resolve().is_relative_to(source.resolve())
         require(
-            not source.resolve().is_relative_to(output_dir.resolve()),
-            f"--output_dir {output_dir} is, or holds, what is merged; use another directory",
+            not inside and not source.resolve().is_relative_to(output_dir.resolve()),
+            f"--output_dir {output_dir} is, holds or lies in what is merged; use another directory",
+        )
+    if args.overwrite and output_dir.is_dir() and any(output_dir.iterdir()):
+        require(
+            (read_run(output_dir) or {}).get("stage") == "merge",
+            f"--output_dir {output_dir} holds no merged model, and only that is overwritten; use another",
         )
 
     # 2. Is it this adapter's base, and is there anything to do?

@@ -11,6 +11,7 @@
 # Little memory: lower --per_device_train_batch_size and raise --gradient_accumulation_steps, or add
 # --qlora True --load_in_4bit True --optim paged_adamw_32bit. Without --validation_file_dir of its own, or with the
 # training directory as here, validation rows are held out by a hash of their prompt.
+# Keep every line of the command ending in a backslash: a # or an empty line in between would cut off the rest.
 # Any flag can be given behind the script's name: bash run_dpo.sh --max_steps 100
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -44,7 +45,7 @@ CUDA_VISIBLE_DEVICES=0,1 torchrun --nproc_per_node 2 dpo_training.py \
     --target_modules all \
     --output_dir outputs-dpo-qwen-v1 \
     --report_to tensorboard \
-    --logging_steps 10 \
+    --logging_steps 1 \
     --logging_first_step True \
     --eval_strategy steps \
     --eval_steps 50 \

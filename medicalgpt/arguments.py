@@ -1,5 +1,6 @@
 """Flags, defaults and forbidden combinations that the stages share."""
 
+import importlib.util
 import logging
 import math
 import os
@@ -215,6 +216,9 @@ class StageArguments(TrainingArguments):
             mode in ("auto", "true", "false"),
             f"--gradient_checkpointing {self.gradient_checkpointing} is not allowed; use auto, True or False",
         )
+        require(self.do_train or self.do_eval, "--do_train False and --do_eval False leave nothing to do")
+        if not self.do_train:
+            self.report_to = "none"  # an evaluation has no curves
         self.check_ranges()
         require(
             self.train_sampling_strategy in ("random", "sequential"),
@@ -257,6 +261,8 @@ class StageArguments(TrainingArguments):
         reporters = [self.report_to] if isinstance(self.report_to, str) else self.report_to
         for name in reporters:
             require(name in REPORTERS, f"--report_to {name} is not allowed; expected {', '.join(REPORTERS)}")
+            there = name == "none" or importlib.util.find_spec(name) is not None
+            require(there, f"--report_to {name}: the package {name} is not installed; pip install {name}")
 
     def choose_device(self) -> None:
         """Fit precision to the hardware: refuse what cannot work, say what is done otherwise."""
@@ -312,7 +318,7 @@ COMMON_DEFAULTS = {
     "learning_rate": 2e-4,
     "warmup_steps": 0.05,
     "weight_decay": 0.01,
-    "logging_steps": 10,
+    "logging_steps": 1,
     "logging_first_step": True,
     "save_steps": 50,
     "save_total_limit": 3,

@@ -297,10 +297,15 @@ def lock(directory: Path) -> None:
     Raises:
         ConfigError: another process holds it; names its pid and host.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     if directory.resolve() in HELD_LOCKS:
         return
-    handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"{directory} cannot be written to: {error.strerror}; use another directory"
+        ) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

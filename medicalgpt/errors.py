@@ -107,6 +107,7 @@ class SurvivingStream:
 def start_logging() -> None:
     """Log to stderr (under a launcher: to the launcher's), rank 0 from INFO, the other ranks errors only."""
     sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     launchers_stderr = os.environ.get("MEDICALGPT_STDERR")
     if launchers_stderr:
         os.dup2(os.open(launchers_stderr, os.O_WRONLY | os.O_APPEND), 2)
@@ -114,6 +115,7 @@ def start_logging() -> None:
     sys.stderr = SurvivingStream(sys.stderr)
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr, force=True)
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries about each other
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     logger.setLevel(logging.INFO if is_main_rank() else logging.ERROR)
 
 
@@ -139,6 +141,7 @@ def run_script(main: Callable[[list[str]], None], *, resumable: bool = False) ->
     # A stage that has not begun its first step has nothing to save and is continued by the same command.
     stopped = StoppedError.exit_code if resumable else INTERRUPTED
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(stopped))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 0
     try:
         main(argv)

@@ -56,7 +56,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Pretrain
     """
     if not (directory / "config.json").is_file():
         what = (
-            "an adapter; merge it first or give it as --peft_path"
+            "an adapter; merge it first, or give its base here and it as --peft_path (chat: --lora_model)"
             if (directory / "adapter_config.json").is_file()
             else "no config.json, so no model"
         )

@@ -10,6 +10,7 @@ A wrong row is refused as `file:line: field: what; mend`. Standard library only,
 """
 
 import hashlib
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -274,16 +275,18 @@ def key_hash(record: Record) -> int:
 
 
 def hold_out(records: list[Record], percentage: float) -> tuple[list[Record], list[Record]]:
-    """Split records into (training, validation) by a hash of the prompt; neither side is empty.
+    """Split records into (training, validation): the prompts of the smallest hashes are held out.
 
     Args:
-        percentage: share of validation rows, in percent.
+        percentage: share of the prompts that are held out, in percent; at least one, and never all.
 
     Raises:
         DataError: all rows share one prompt, so that none can be held out.
     """
     hashes = [key_hash(record) for record in records]
-    limit = min(max(int(percentage / 100 * 2**64), min(hashes) + 1), max(hashes))
+    prompts = sorted(set(hashes))
+    num_held = max(1, min(math.ceil(percentage / 100 * len(prompts)), len(prompts) - 1))
+    limit = prompts[num_held] if len(prompts) > 1 else prompts[0]
     train = [record for record, value in zip(records, hashes, strict=True) if value >= limit]
     held = [record for record, value in zip(records, hashes, strict=True) if value < limit]
     if not train or not held:

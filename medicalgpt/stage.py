@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -116,8 +115,6 @@ def open_run(stage: str, flags: StageFlags, base: Base, data: Data) -> RunRecord
         template=base.template_name,
         parent=read_run(base.directory),
     )
-    if is_main_rank():
-        record.check_place()
     if not flags.run.do_train:
         if read_run(output_dir) is not None:
             raise ConfigError(
@@ -125,6 +122,7 @@ def open_run(stage: str, flags: StageFlags, base: Base, data: Data) -> RunRecord
             )
         return record
     if is_main_rank():
+        record.check_place()
         lock(output_dir)
         if flags.run.overwrite_output_dir:
             record.clear()
@@ -283,12 +281,12 @@ def report_data(data: Data, train: list[dict], validation: list[dict], args: Sta
         raise DataError(f"none of the {len(data.validation)} validation rows fits; raise the length limits")
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     logger.info(
-        "rows_read=%d rows_used=%d train_examples=%d validation_examples=%d effective_batch=%d "
+        "rows_read=%d rows_trained=%d rows_held_for_validation=%d train_examples=%d effective_batch=%d "
         "tokens_per_epoch=%d trained_tokens_per_epoch=%d",
         data.num_read,
         len(data.train),
+        len(data.validation),
         len(train),
-        len(validation),
         batch,
         sum(map(example_length, train)),
         num_trained,
@@ -357,6 +355,7 @@ def train(trainer: StageTrainer, checkpoint: str | None) -> dict[str, float]:
             return {"train_steps": state.global_step}
     result = trainer.train(resume_from_checkpoint=checkpoint)
     steps = trainer.state.global_step
+    result.metrics.pop("total_flos")  # not counted here
     return dict(result.metrics, train_loss=trainer._total_loss_scalar / steps, train_steps=steps)
 
 
@@ -378,7 +377,12 @@ def publish_result(
         write_results(partial, "eval", evaluation)
     RunRecord(partial, record.content).save(status="complete", results=metrics | evaluation)
     publish(partial, output_dir)
-    for name, value in {**metrics, **evaluation}.items():
+    log_results(metrics | evaluation, output_dir)
+
+
+def log_results(metrics: dict[str, float], output_dir: Path) -> None:
+    """Log the results and where they are."""
+    for name, value in metrics.items():
         logger.info("%s=%.6g", name, value)
     logger.info("complete: %s", output_dir)
 
@@ -388,7 +392,7 @@ def publish_evaluation(metrics: dict, output_dir: Path) -> None:
     if is_main_rank():
         output_dir.mkdir(parents=True, exist_ok=True)
         write_results(output_dir, "eval", metrics)
-        logger.info("%s", json.dumps(metrics))
+        log_results(metrics, output_dir)
 
 
 def write_results(directory: Path, split: str, metrics: dict) -> None:

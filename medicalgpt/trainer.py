@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from medicalgpt.batches import RankBatches, RankLoader
@@ -100,6 +101,23 @@ class StageTrainer(Trainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
         )
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Create the learning-rate schedule, begun one step further on.
+
+        The library's schedules start a warm-up at zero, so that the first step trains nothing. Here step i of
+        N takes what the schedule of N + 1 steps has for step i + 1.
+        """
+        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
+        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            scheduler.lr_lambdas = [one_step_on(schedule) for schedule in scheduler.lr_lambdas]
+            groups = scheduler.optimizer.param_groups
+            for group, base, schedule in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                group["lr"] = base * schedule(0)
+            scheduler._last_lr = [group["lr"] for group in groups]
+        return scheduler
 
     # ---- loss ----------------------------------------------------------------------------------------------
 
@@ -268,6 +286,11 @@ class StageTrainer(Trainer):
         load_weights(self.model.lm, Path(resume_from_checkpoint))
         progress = json.loads(self.progress_file(resume_from_checkpoint).read_text(encoding="utf-8"))
         self.add_callback(RestoreSums(self, progress))
+
+
+def one_step_on(schedule: Callable[[int], float]) -> Callable[[int], float]:
+    """Return a schedule one step further on; a plain function, which a checkpoint does not carry."""
+    return lambda step: schedule(step + 1)
 
 
 class RestoreSums(TrainerCallback):

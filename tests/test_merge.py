@@ -232,8 +232,8 @@ def test_a_merge_that_is_not_base_and_adapter_is_not_written(fault, dtype, model
 
 
 def test_a_merge_never_replaces_what_it_reads(model_dir, trained):
-    for target in (trained, trained.parent, model_dir):
-        with pytest.raises(ConfigError, match="is, or holds, what is merged"):
+    for target in (trained, trained.parent, model_dir, trained / "m"):
+        with pytest.raises(ConfigError, match="is, holds or lies in what is merged"):
             merge(model_dir, trained, target, overwrite=True)
     assert (trained / "adapter_model.safetensors").is_file()
 
@@ -263,14 +263,17 @@ def test_a_base_whose_configuration_changed_is_refused(model_dir, trained, tmp_p
         merge(base, trained, tmp_path / "m")
 
 
-def test_a_used_output_directory_is_refused_and_replaced_on_request(model_dir, trained, tmp_path):
+def test_a_used_output_directory_is_refused_and_only_a_merged_model_replaced(model_dir, trained, tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="not empty"):
         merge(model_dir, trained, tmp_path / "m")
+    with pytest.raises(ConfigError, match="holds no merged model"):
+        merge(model_dir, trained, tmp_path / "m", overwrite=True)
     assert (tmp_path / "m" / "notes.txt").read_text() == "mine"
-    merge(model_dir, trained, tmp_path / "m", overwrite=True)
-    assert (tmp_path / "m" / "model.safetensors").is_file()
+    merge(model_dir, trained, tmp_path / "n")
+    merge(model_dir, trained / "checkpoint-3", tmp_path / "n", overwrite=True)
+    assert why_not_whole(tmp_path / "n") is None
 
 
 # ---- broken weights --------------------------------------------------------------------------------------------

@@ -134,11 +134,21 @@ def test_two_ranks_are_one_rank_with_twice_the_accumulation(stage, model_dir, da
             assert results(tmp_path / "two", "eval")[key] == pytest.approx(value, rel=1e-5), key
 
 
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup"])
+def test_every_step_has_a_learning_rate_the_first_and_the_last_too(kind, model_dir, data_dir, tmp_path):
+    """Linear, warm-up 2 of 4 steps: the schedule of 5 steps at 1, 2, 3, 4, which is 1/2, 1, 2/3, 1/3 of the rate."""
+    output = run("sft", model_dir, data_dir, tmp_path / "o", warmup_steps=2, lr_scheduler_type=kind)
+    rates = [rate / 1e-2 for (rate,) in history(output, "learning_rate")]
+    assert all(rate > 0 for rate in rates)
+    if kind == "linear":
+        assert rates == pytest.approx([1 / 2, 1, 2 / 3, 1 / 3])
+
+
 def test_the_first_dpo_loss_is_log_two_and_nothing_is_preferred(model_dir, data_dir, tmp_path):
     output = run("dpo", model_dir, data_dir, tmp_path / "o", max_steps=1)
     ((loss, margin, accuracy),) = history(output, "loss", "margin", "accuracy")
     assert loss == pytest.approx(math.log(2), abs=1e-6)
-    assert margin == accuracy == 0
+    assert (margin, accuracy) == (0, 0.5)
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "simpo", "orpo"])
