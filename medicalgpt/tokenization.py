@@ -275,9 +275,8 @@ class ChatEncoder:
         while len(turns) > 1 and not self.fits(turns):
             drop = next((k for k in range(1, len(turns) - 1) if self.fits(turns[k:])), len(turns) - 1)
             messages = system + messages[len(system) + 2 * drop :]
-            turns = self.encode_turns([messages])[
-                0
-            ]  # what stood before the first turn stands before the new first
+            # Encoded anew: what stood before the first turn now stands before another.
+            turns = self.encode_turns([messages])[0]
         return messages, turns, total - len(turns)
 
     def fits(self, turns: list[Tokens]) -> bool:
