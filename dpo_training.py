@@ -19,6 +19,7 @@ import math
 from dataclasses import dataclass, field
 
 from medicalgpt.arguments import parse_stage
+from medicalgpt.base import open_base
 from medicalgpt.collator import PairCollator
 from medicalgpt.dataset import load_data
 from medicalgpt.engine import FlatLM
@@ -29,7 +30,6 @@ from medicalgpt.stage import (
     build_model,
     chat_encoder,
     choose_activation_checkpointing,
-    open_base,
     open_run,
     report_data,
     run_training,

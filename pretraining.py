@@ -17,6 +17,7 @@ import statistics
 from dataclasses import dataclass, field
 
 from medicalgpt.arguments import parse_text_stage
+from medicalgpt.base import open_base
 from medicalgpt.collator import FlatCollator
 from medicalgpt.dataset import load_data
 from medicalgpt.documents import encode_texts, pack_documents
@@ -26,7 +27,6 @@ from medicalgpt.records import parse_text
 from medicalgpt.stage import (
     build_model,
     choose_activation_checkpointing,
-    open_base,
     open_run,
     report_data,
     run_training,

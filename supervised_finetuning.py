@@ -15,6 +15,7 @@ number of answer tokens; questions, system prompts and role markers are read and
 from dataclasses import dataclass, field
 
 from medicalgpt.arguments import parse_stage
+from medicalgpt.base import open_base
 from medicalgpt.collator import FlatCollator
 from medicalgpt.dataset import load_data
 from medicalgpt.errors import run_script
@@ -24,7 +25,6 @@ from medicalgpt.stage import (
     build_model,
     chat_encoder,
     choose_activation_checkpointing,
-    open_base,
     open_run,
     report_data,
     run_training,

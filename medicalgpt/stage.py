@@ -1,26 +1,24 @@
 """The steps that every stage takes in the same way: open the run, build the model, report, train, publish."""
 
-import hashlib
 import itertools
 import logging
 import os
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from medicalgpt.arguments import DTYPES, StageArguments, StageFlags
-from medicalgpt.chat_template import export_template, resolve_template
-from medicalgpt.checkpoint import PARTIAL, fingerprint, lock, newest_whole, publish, why_not_whole, write_json
+from medicalgpt.base import Base
+from medicalgpt.checkpoint import PARTIAL, lock, newest_whole, publish, why_not_whole, write_json
 from medicalgpt.collator import example_length
 from medicalgpt.dataset import Data
 from medicalgpt.engine import FlatLM
 from medicalgpt.errors import ConfigError, DataError, ModelError, StoppedError, is_main_rank
-from medicalgpt.model_files import adapter_settings, load_config, load_tokenizer, resolve_model_dir
+from medicalgpt.model_files import load_config
 from medicalgpt.modeling import add_adapters, choose_dtype, context_length, load_base, scaled_rope
 from medicalgpt.probe import bytes_saved_for_backward, choose_rows, free_memory
-from medicalgpt.run_record import RunRecord, check_base, config_fingerprint, read_run, recorded_template
-from medicalgpt.tokenization import IGNORE_INDEX, ChatEncoder, ChatFormat
+from medicalgpt.run_record import RunRecord, read_run
+from medicalgpt.tokenization import IGNORE_INDEX, ChatEncoder
 from medicalgpt.trainer import StageTrainer
 
 import numpy as np
@@ -30,74 +28,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
 logger = logging.getLogger("medicalgpt")
 
 
-# ---- base and run ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Base:
-    """The model that a stage starts from.
-
-    Attributes:
-        chat_format: None in a stage that reads plain texts.
-    """
-
-    directory: Path
-    tokenizer: PreTrainedTokenizerBase
-    chat_format: ChatFormat | None
-
-    @property
-    def template_name(self) -> str | None:
-        """The name of the chat format."""
-        return self.chat_format.template.name if self.chat_format else None
-
-    def fingerprints(self, adapter: str | None) -> dict[str, str | None]:
-        """Return what tells this base, its tokenizer and the adapter to go on with from any other."""
-        backend = (
-            self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else repr(self.tokenizer)
-        )
-        return {
-            "path": str(self.directory),
-            "fingerprint": fingerprint(self.directory),
-            "config": config_fingerprint(self.directory),
-            "tokenizer": hashlib.sha256(backend.encode()).hexdigest()[:16],
-            "adapter": fingerprint(Path(adapter)) if adapter else None,
-        }
-
-    def save_tokenizer(self, directory: Path) -> None:
-        """Write the tokenizer, with the chat template that was trained."""
-        if self.chat_format:
-            export_template(self.tokenizer, self.chat_format)
-        self.tokenizer.save_pretrained(directory)
-
-
-def open_base(flags: StageFlags) -> Base:
-    """Find the base and its tokenizer, and decide on the chat format. No weight is loaded yet.
-
-    Raises:
-        ConfigError: no such directory, or a template that contradicts the model. ModelError: no model in it.
-    """
-    model, remote_code = flags.model, flags.model.trust_remote_code
-    directory = resolve_model_dir(
-        model.model_name_or_path, "--model_name_or_path", model.cache_dir, remote_code=remote_code
-    )
-    load_config(directory, trust_remote_code=remote_code)
-    tokenizer_name = model.tokenizer_name_or_path or str(directory)
-    tokenizer = load_tokenizer(
-        resolve_model_dir(tokenizer_name, "--tokenizer_name_or_path", model.cache_dir),
-        trust_remote_code=remote_code,
-    )
-    if flags.adapter.peft_path:
-        adapter_settings(Path(flags.adapter.peft_path))
-        check_base(Path(flags.adapter.peft_path), directory)
-    if flags.chat is None:
-        return Base(directory, tokenizer, None)
-    template = resolve_template(
-        tokenizer,
-        flags.chat.template_name,
-        recorded=recorded_template(directory),
-        force=flags.chat.force_template,
-    )
-    return Base(directory, tokenizer, ChatFormat.of(template, tokenizer))
+# ---- the run -----------------------------------------------------------------------------------------------
 
 
 def open_run(stage: str, flags: StageFlags, base: Base, data: Data) -> RunRecord | None:

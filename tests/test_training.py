@@ -14,11 +14,11 @@ import dpo_training
 import merge_peft_adapter
 import pretraining
 import supervised_finetuning
+from medicalgpt.callbacks import ProgressBar
 from medicalgpt.checkpoint import why_not_whole
 from medicalgpt.errors import ConfigError, DataError, ModelError, RunError, StoppedError
 from medicalgpt.records import RowLog, hold_out, parse_chat, read_records
 from medicalgpt.tokenization import ChatEncoder, ChatFormat
-from medicalgpt.trainer import ProgressBar
 from template import TEMPLATES
 
 import pytest
