@@ -106,8 +106,9 @@ class SurvivingStream:
 
 def start_logging() -> None:
     """Log to stderr (under a launcher: to the launcher's), rank 0 from INFO, the other ranks errors only."""
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace")
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    for stream in (sys.stdin, sys.stdout):
+        if stream is not None:  # closed by whoever started the process
+            stream.reconfigure(encoding="utf-8", errors="replace")
     launchers_stderr = os.environ.get("MEDICALGPT_STDERR")
     if launchers_stderr:
         os.dup2(os.open(launchers_stderr, os.O_WRONLY | os.O_APPEND), 2)

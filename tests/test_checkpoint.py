@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medicalgpt.checkpoint import (
+    HELD_LOCKS,
     MANIFEST,
     checkpoints,
     fingerprint,
@@ -469,11 +470,15 @@ def test_a_directory_is_free_again_when_its_process_was_killed(tmp_path, holder)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     lock(tmp_path / "out")
+    assert f"pid {os.getpid()} " in (tmp_path / "out" / ".lock").read_text()
 
 
 def test_a_process_may_ask_again_for_what_it_holds(tmp_path):
     lock(tmp_path / "out")
+    (tmp_path / "x").mkdir()
     lock(tmp_path / "x" / ".." / "out")
+    held = [directory for directory in HELD_LOCKS if directory == (tmp_path / "out").resolve()]
+    assert len(held) == 1
 
 
 def test_a_lock_names_its_holder_and_no_earlier_one(tmp_path):
