@@ -1,16 +1,35 @@
-"""Chat templates as data: which text surrounds a system prompt, a question and an answer; what is trained.
+"""Chat templates as data: which text surrounds a system prompt, a question and an answer, and what ends one.
 
-    render(template, messages, bos, eos) → segments (text, marker or content, trained or not), turn by turn
-    jinja(template, bos, eos)            → the same format as a chat template that any tool renders
+    TEMPLATES["qwen"]                        → Template, a few lines each
+    medicalgpt.rendering.render(template, …) → segments (text, marker or content, trained or not)
 
 This is the only place that knows role markers, separators, stop strings and default system prompts. Standard
-library only. `{content}` in a piece stands for the message; `{bos}` and `{eos}` for the tokenizer's own
-tokens.
+library only. `{content}` in a piece stands for the message, `{bos}` and `{eos}` for the tokenizer's own
+tokens, `{round}` for the number of the question. What each was checked against: docs/templates.md.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+
+class ToolCall(NamedTuple):
+    """A call that an assistant makes; `arguments` is JSON text, `id` is what its result refers to."""
+
+    name: str
+    arguments: str
+    id: str = ""
+
+
+class Message(NamedTuple):
+    """One message; `role` is system, user, assistant or observation (what a tool gave back).
+
+    An assistant's message may hold `calls`; an observation may name the call it answers in `call_id`.
+    """
+
+    role: str
+    content: str
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
 
 
 class Segment(NamedTuple):
@@ -26,9 +45,6 @@ class Segment(NamedTuple):
     hidden: bool = False
 
 
-Turn = list[Segment]
-
-
 @dataclass(frozen=True)
 class Template:
     """One chat format.
@@ -40,17 +56,31 @@ class Template:
         answer: the answer as the model must write it.
         stop: ends an answer; trained, and generation stops on it.
         after: what stands between an answer's stop and the next turn; not trained.
+        end: what follows the last answer of a finished conversation; not trained.
         prefix: begins the conversation.
-        system: a system prompt with what stands around it; goes where `system_in` says.
+        system: a system prompt with what stands around it; goes where `system_in` says. None: the format has
+            no place for one.
         default_system: the system prompt of a conversation that has none (None: nothing at all).
-        system_variants: default system prompts of other models with this format.
+        no_system: what stands in the place of prefix and system prompt where there is none, if it is neither
+            nothing nor a default system prompt.
         system_in: "own" turn, or inside the "first_user" or "last_user" message.
-        strip: roles whose content loses surrounding white space, as in the official format.
-        stop_between: False when the text carries no stop token between turns (it is trained as a hidden
-            stop).
-        thought: what stands around the thought of the last answer, which may be empty.
+        empty_system: False when an empty system prompt counts as none.
+        strip: roles whose content loses surrounding white space, as in the official format;
+            "user_with_system": the two as one text.
+        stop_between: False when the text carries no stop token between turns (a hidden stop is trained).
+        lone: (user, header) of a conversation of one question, where they differ.
+        last_header: the header of the last answer, where it differs; only that answer is trained.
+        past_header: the header of answers to earlier questions, where it differs.
+        first_round: what {round} counts from.
+        thought: what stands around the thought of an answer to the last question; history has no thoughts.
+        prompt_thought: what of the thought the prompt holds: "" nothing, "open" its beginning, "empty" an
+            empty one (the answer then has none).
+        observation: what a tool gave back, with what stands around it; None: it comes as a user message.
+        tool_format: how tools are offered and called, see medicalgpt/tools.py.
         stop_strings: further strings that end an answer at generation.
-        bos_as_tokenizer: {bos} is there only where the tokenizer itself begins a text with it.
+        bos_as_tokenizer: BOS is no part of the text; it comes first where the tokenizer itself adds it.
+        variants: other models' values of some attributes; a model gets what its own chat template has.
+        options: what the model's own chat template takes to render this format.
     """
 
     name: str
@@ -60,19 +90,30 @@ class Template:
     stop: str
     answer: str = "{content}"
     after: str = ""
+    end: str = ""
     prefix: str = ""
-    system: str = "{content}"
+    system: str | None = "{content}"
     default_system: str | None = None
-    system_variants: tuple[str, ...] = ()
+    no_system: str | None = None
     system_in: str = "own"
+    empty_system: bool = True
     strip: frozenset[str] = frozenset()
     stop_between: bool = True
+    lone: tuple[str, str] | None = None
+    last_header: str | None = None
+    past_header: str | None = None
+    first_round: int = 1
     thought: tuple[str, str] = ()
+    prompt_thought: str = ""
+    observation: str | None = None
+    tool_format: str = "default"
     stop_strings: tuple[str, ...] = ()
     bos_as_tokenizer: bool = False
+    variants: tuple[dict, ...] = ()
+    options: dict = field(default_factory=dict)
 
     def stops(self, eos: str) -> tuple[str, ...]:
-        """Return every string that ends an answer."""
+        """Return every string that ends an answer; the trained one first."""
         return (self.stop.replace("{eos}", eos), *self.stop_strings)
 
 
@@ -83,7 +124,30 @@ CHATML = {
     "after": "\n",
     "system": "<|im_start|>system\n{content}<|im_end|>\n",
 }
+QWEN = CHATML | {"stop_strings": ("<|endoftext|>",), "tool_format": "qwen"}
+QWEN3 = QWEN | {"thought": ("<think>\n", "\n</think>\n\n")}
 EVERY_ROLE = frozenset({"system", "user", "assistant"})
+QWEN3_5 = QWEN3 | {"strip": EVERY_ROLE, "tool_format": "qwen3_5"}
+HUMAN = {"user": "Human: {content}\n\n", "header": "Assistant: ", "stop": "{eos}", "bos_as_tokenizer": True}
+CURIOUS = (
+    "A chat between a curious {} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
+)
+LLAMA2 = {
+    "system": "<<SYS>>\n{content}\n<</SYS>>\n\n",
+    "system_in": "first_user",
+    "user": "{bos}[INST] {content} [/INST]",
+    "header": "",
+    "answer": " {content} ",
+    "stop": "{eos}",
+    "strip": frozenset({"system", "user_with_system", "assistant"}),
+}
+GLM = {
+    "header": "<|assistant|>",
+    "answer": "\n{content}",
+    "stop_between": False,
+    "tool_format": "glm4",
+}
 
 TEMPLATES = {
     template.name: template
@@ -91,7 +155,6 @@ TEMPLATES = {
         Template(
             name="base",
             source="no markers at all: a base model continues the question, its EOS ends the answer",
-            prefix="{bos}",
             user="{content}",
             header="",
             stop="{eos}",
@@ -100,10 +163,8 @@ TEMPLATES = {
         Template(
             name="vicuna",
             source="lm-sys/FastChat fastchat/conversation.py vicuna_v1.1",
-            prefix="{bos}",
             system="{content} ",
-            default_system="A chat between a curious user and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+            default_system=CURIOUS.format("user", "user"),
             user="USER: {content} ",
             header="ASSISTANT:",
             answer=" {content}",
@@ -113,7 +174,6 @@ TEMPLATES = {
         Template(
             name="alpaca",
             source="tatsu-lab/stanford_alpaca train.py PROMPT_DICT prompt_no_input",
-            prefix="{bos}",
             system="{content}\n\n",
             default_system="Below is an instruction that describes a task. "
             "Write a response that appropriately completes the request.",
@@ -135,27 +195,46 @@ TEMPLATES = {
             name="qwen",
             source="Qwen/Qwen2.5-0.5B-Instruct tokenizer_config.json",
             default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-            system_variants=("You are a helpful assistant.",),  # the base models, Qwen2
-            stop_strings=("<|endoftext|>",),
-            **CHATML,
+            variants=(
+                {"default_system": "You are a helpful assistant."},  # the base models, Qwen1.5, Qwen2
+                {
+                    "default_system": "You are a helpful assistant.",
+                    "user": "<|im_start|>user\n{content}<|im_end|>",
+                    "after": "",
+                    "tool_format": "default",
+                },  # Qwen-7B-Chat
+            ),
+            **QWEN,
+        ),
+        Template(name="qwen3", source="Qwen/Qwen3-0.6B tokenizer_config.json", **QWEN3),
+        Template(
+            name="qwen3_nothink",
+            source="Qwen/Qwen3-0.6B tokenizer_config.json with enable_thinking=False",
+            prompt_thought="empty",
+            variants=({"thought": (), "prompt_thought": "", "options": {}},),  # Qwen3-4B-Instruct-2507
+            options={"enable_thinking": False},
+            **QWEN3,
         ),
         Template(
-            name="qwen3",
-            source="Qwen/Qwen3-0.6B tokenizer_config.json, text without thoughts",
-            thought=("<think>", "</think>\n\n"),
-            stop_strings=("<|endoftext|>",),
-            **CHATML,
+            name="qwen3_5",
+            source="Qwen/Qwen3.5-27B tokenizer_config.json, enable_thinking=True",
+            prompt_thought="open",
+            options={"enable_thinking": True},
+            **QWEN3_5,
         ),
         Template(
-            name="llama2",
-            source="meta-llama/Llama-2-7b-chat-hf tokenizer_config.json",
-            system="<<SYS>>\n{content}\n<</SYS>>\n\n",
-            system_in="first_user",
-            user="{bos}[INST] {content} [/INST]",
-            header="",
-            answer=" {content} ",
-            stop="{eos}",
-            strip=EVERY_ROLE,
+            name="qwen3_5_nothink",
+            source="Qwen/Qwen3.5-0.8B tokenizer_config.json, enable_thinking=False",
+            prompt_thought="empty",
+            options={"enable_thinking": False},
+            **QWEN3_5,
+        ),
+        Template(name="llama2", source="meta-llama/Llama-2-7b-chat-hf tokenizer_config.json", **LLAMA2),
+        Template(
+            name="llama2-zh",
+            source="ymcui/Chinese-LLaMA-Alpaca-2 scripts/inference/inference_hf.py TEMPLATE",
+            default_system="You are a helpful assistant. 你是一个乐于助人的助手。",
+            **LLAMA2,
         ),
         Template(
             name="llama3",
@@ -166,27 +245,16 @@ TEMPLATES = {
             header="<|start_header_id|>assistant<|end_header_id|>\n\n",
             stop="<|eot_id|>",
             strip=EVERY_ROLE,
-            stop_strings=("<|end_of_text|>",),
-        ),
-        Template(
-            name="baichuan2",
-            source="baichuan-inc/Baichuan2 fine-tune/fine-tune.py and generation_utils.py build_chat_input",
-            user="<reserved_106>{content}",
-            header="<reserved_107>",
-            stop="{eos}",
-            stop_between=False,
-        ),
-        Template(
-            name="chatglm3",
-            source="THUDM/chatglm3-6b tokenization_chatglm.py build_single_message",
-            prefix="[gMASK]sop",
-            system="<|system|>\n {content}",
-            user="<|user|>\n {content}",
-            header="<|assistant|>",
-            answer="\n {content}",
-            stop="{eos}",
-            stop_between=False,
-            stop_strings=("<|user|>", "<|observation|>"),
+            observation="<|start_header_id|>ipython<|end_header_id|>\n\n{content}<|eot_id|>",
+            tool_format="llama3",
+            stop_strings=("<|end_of_text|>", "<|eom_id|>"),
+            variants=(
+                {  # Llama 3.1 to 3.3
+                    "system": "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December "
+                    "2023\nToday Date: 26 Jul 2024\n\n{content}<|eot_id|>",
+                    "default_system": "",
+                },
+            ),
         ),
         Template(
             name="mistral",
@@ -199,6 +267,260 @@ TEMPLATES = {
             answer=" {content}",
             stop="{eos}",
             strip=frozenset({"assistant"}),
+            observation="{content}",
+            tool_format="mistral",
+            variants=(
+                {
+                    "system_in": "first_user",
+                    "user": " [INST] {content} [/INST]",
+                    "strip": frozenset(),
+                    "tool_format": "default",
+                    "observation": None,
+                },  # v0.1, v0.2
+                {
+                    "user": "[INST]{content}[/INST]",
+                    "answer": "{content}",
+                    "strip": frozenset(),
+                    "tool_format": "mistral_nemo",
+                },  # Nemo, Large
+            ),
+        ),
+        Template(
+            name="baichuan",
+            source="baichuan-inc/Baichuan-13B-Chat modeling_baichuan.py _build_chat_input",
+            user="<reserved_102>{content}",
+            header="<reserved_103>",
+            stop="{eos}",
+        ),
+        Template(
+            name="baichuan2",
+            source="baichuan-inc/Baichuan2 fine-tune/fine-tune.py and generation_utils.py build_chat_input",
+            user="<reserved_106>{content}",
+            header="<reserved_107>",
+            stop="{eos}",
+            stop_between=False,
+        ),
+        Template(
+            name="chatglm",
+            source="THUDM/chatglm-6b modeling_chatglm.py chat and ptuning/main.py",
+            lone=("{content}", "[gMASK]<sop>"),
+            user="[Round {round}]\n问：{content}\n",
+            header="答：",
+            last_header="答：[gMASK]<sop>",
+            first_round=0,
+            stop="{eos}",
+            after="\n",
+            stop_between=False,
+        ),
+        Template(
+            name="chatglm2",
+            source="THUDM/chatglm2-6b tokenization_chatglm.py build_prompt",
+            prefix="[gMASK]sop",
+            user="[Round {round}]\n\n问：{content}\n\n",
+            header="答：",
+            stop="{eos}",
+            after="\n\n",
+            stop_between=False,
+        ),
+        Template(
+            name="chatglm3",
+            source="THUDM/chatglm3-6b tokenization_chatglm.py build_single_message",
+            prefix="[gMASK]sop",
+            system="<|system|>\n {content}",
+            user="<|user|>\n {content}",
+            observation="<|observation|>\n {content}",
+            stop="{eos}",
+            stop_strings=("<|user|>", "<|observation|>"),
+            **(GLM | {"answer": "\n {content}"}),
+        ),
+        Template(
+            name="glm4",
+            source="THUDM/glm-4-9b-chat and GLM-4-9B-0414 tokenizer_config.json; stop: finetune_demo/finetune.py",
+            prefix="[gMASK]<sop>",
+            system="<|system|>\n{content}",
+            user="<|user|>\n{content}",
+            observation="<|observation|>\n{content}",
+            stop="<|user|>",
+            stop_strings=("<|observation|>", "<|endoftext|>"),
+            variants=({"tool_format": "glm4_0414"},),
+            **GLM,
+        ),
+        Template(
+            name="yi",
+            source="01-ai/Yi-6B-Chat tokenizer_config.json",
+            stop_strings=("<|endoftext|>",),
+            variants=({"system": "{content}"},),  # Yi-1.5
+            **CHATML,
+        ),
+        Template(
+            name="intern",
+            source="internlm/internlm-chat-7b modeling_internlm.py build_inputs",
+            user="<|User|>:{content}<eoh>\n",
+            header="<|Bot|>:",
+            stop="<eoa>",
+            after="\n",
+            system="<|System|>:{content}\n",
+            bos_as_tokenizer=True,
+        ),
+        Template(
+            name="intern2",
+            source="internlm/internlm2-chat-7b and internlm3-8b-instruct tokenizer_config.json",
+            prefix="{bos}",
+            **CHATML,
+        ),
+        Template(
+            name="deepseek",
+            source="deepseek-ai/deepseek-llm-7b-chat and DeepSeek-V2-Chat tokenizer_config.json",
+            prefix="{bos}",
+            system="{content}\n\n",
+            user="User: {content}\n\n",
+            header="Assistant:",
+            answer=" {content}",
+            stop="{eos}",
+        ),
+        Template(
+            name="deepseek3",
+            source="deepseek-ai/DeepSeek-V3-0324 and DeepSeek-V2.5 tokenizer_config.json",
+            prefix="{bos}",
+            user="<｜User｜>{content}",
+            header="<｜Assistant｜>",
+            stop="{eos}",
+        ),
+        Template(
+            name="deepseekcoder",
+            source="deepseek-ai/deepseek-coder-6.7b-instruct tokenizer_config.json",
+            prefix="{bos}",
+            default_system="You are an AI programming assistant, utilizing the Deepseek Coder model, developed by "
+            "Deepseek Company, and you only answer questions related to computer science. For politically sensitive "
+            "questions, security and privacy issues, and other non-computer science questions, you will refuse to "
+            "answer\n",
+            user="### Instruction:\n{content}\n",
+            header="### Response:\n",
+            answer="{content}\n",
+            stop="<|EOT|>",
+            after="\n",
+        ),
+        Template(
+            name="xverse",
+            source="xverse/XVERSE-7B-Chat modeling_xverse.py _build_chat_input",
+            system="{content}\n\n",
+            **HUMAN,
+        ),
+        Template(
+            name="orion",
+            source="OrionStarAI/Orion-14B-Chat tokenizer_config.json",
+            prefix="{bos}",
+            system=None,
+            user="Human: {content}\n\n",
+            header="Assistant: {eos}",
+            stop="{eos}",
+        ),
+        Template(
+            name="cohere",
+            source="CohereForAI/aya-23-8B tokenizer_config.json",
+            prefix="{bos}",
+            system="<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>{content}<|END_OF_TURN_TOKEN|>",
+            user="<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{content}<|END_OF_TURN_TOKEN|>",
+            header="<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+            stop="<|END_OF_TURN_TOKEN|>",
+            strip=frozenset({"user", "assistant"}),
+        ),
+        Template(
+            name="ziya",
+            source="IDEA-CCNL/Ziya-LLaMA-13B-v1 README usage",
+            system="{content}\n",
+            user="<human>:{content}\n",
+            header="<bot>:",
+            stop="{eos}",
+            after="\n",
+            strip=frozenset({"user"}),
+            bos_as_tokenizer=True,
+        ),
+        Template(
+            name="linly",
+            source="CVI-SZU/Linly ChatFlow prompt",
+            system="{content}\n",
+            user="User: {content}\n",
+            header="Bot: ",
+            stop="{eos}",
+            after="\n",
+            bos_as_tokenizer=True,
+        ),
+        Template(
+            name="belle",
+            source="LianjiaTech/BELLE, in the form of FastChat and LLaMA-Factory",
+            system="{content}\n\n",
+            after="\n\n",
+            **(HUMAN | {"header": "Belle: "}),
+        ),
+        Template(
+            name="phoenix",
+            source="FreedomIntelligence/LLMZoo; lm-sys/FastChat SeparatorStyle.PHOENIX",
+            system="{content}\n\n",
+            default_system=CURIOUS.format("human", "human"),
+            user="Human: {bos}{content}{eos}",
+            header="Assistant: {bos}",
+            stop="{eos}",
+        ),
+        Template(
+            name="aquila",
+            source="lm-sys/FastChat fastchat/conversation.py aquila-chat",
+            system="{content}###",
+            default_system=CURIOUS.format("human", "human"),
+            user="Human: {content}###",
+            header="Assistant:",
+            answer=" {content}",
+            stop="{eos}",
+            after="###",
+            stop_between=False,
+            stop_strings=("###",),
+            bos_as_tokenizer=True,
+        ),
+        Template(
+            name="starchat",
+            source="HuggingFaceH4/starchat-beta dialogue_template.json",
+            system="<|system|>\n{content}<|end|>\n",
+            default_system="",
+            user="<|user|>\n{content}<|end|>\n",
+            header="<|assistant|>\n",
+            stop="<|end|>",
+            after="\n",
+            stop_strings=("<|endoftext|>",),
+        ),
+        Template(
+            name="gemma",
+            source="google/gemma-3-1b-it tokenizer_config.json; gemma 1 and 2 have no system prompt",
+            prefix="{bos}",
+            system="{content}\n\n",
+            system_in="first_user",
+            user="<start_of_turn>user\n{content}<end_of_turn>\n",
+            header="<start_of_turn>model\n",
+            stop="<end_of_turn>",
+            after="\n",
+            strip=frozenset({"user", "assistant"}),
+            stop_strings=("<eos>",),
+        ),
+        Template(
+            name="phi3",
+            source="microsoft/Phi-3-mini-4k-instruct tokenizer_config.json",
+            system="<|system|>\n{content}<|end|>\n",
+            user="<|user|>\n{content}<|end|>\n",
+            header="<|assistant|>\n",
+            stop="<|end|>",
+            after="\n",
+            end="{eos}",
+            stop_strings=("<|endoftext|>",),
+            variants=({"empty_system": False},),  # Phi-3.5
+        ),
+        Template(
+            name="minicpm",
+            source="openbmb/MiniCPM-2B-sft-bf16 tokenizer_config.json; stop: OpenBMB/MiniCPM finetune/finetune.py",
+            user="<用户>{content}",
+            header="<AI>",
+            stop="{eos}",
+            stop_between=False,
+            strip=EVERY_ROLE,
+            bos_as_tokenizer=True,
         ),
     ]
 }
@@ -213,185 +535,3 @@ def get_template(name: str) -> Template:
     if name not in TEMPLATES:
         raise KeyError(f"unknown template {name!r}; choose from {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
-
-
-# ---- rendering ---------------------------------------------------------------------------------------------
-
-
-def split_system(
-    template: Template, messages: Sequence[tuple[str, str]]
-) -> tuple[str | None, list[tuple[str, str]]]:
-    """Return (system prompt or None, the other messages); the default system prompt is filled in."""
-    if messages and messages[0][0] == "system":
-        return messages[0][1], list(messages[1:])
-    return template.default_system, list(messages)
-
-
-def pieces(form: str, content: list[Segment], fill: dict[str, str]) -> list[Segment]:
-    """Return the segments of a form with `content` in the place of `{content}`."""
-    before, _, after = form.partition("{content}")
-    around = [Segment(expand(text, fill), True, False) for text in (before, after)]
-    return [segment for segment in (around[0], *content, around[1]) if segment.text]
-
-
-def expand(text: str, fill: dict[str, str]) -> str:
-    """Put the tokenizer's own tokens in the places of {bos} and {eos}."""
-    return text.replace("{bos}", fill["bos"]).replace("{eos}", fill["eos"])
-
-
-def stripped(template: Template, role: str, content: str) -> str:
-    """Return a message's content as the official format has it."""
-    return content.strip() if role in template.strip else content
-
-
-def render(template: Template, messages: Sequence[tuple[str, str]], *, bos: str, eos: str) -> list[Turn]:
-    """Render a conversation into turns of segments.
-
-    Args:
-        messages: (role, content) with role system (first only), user, assistant in turn. Ends with an answer
-            for training, or with a question for a prompt, which then ends with the answer's header.
-        bos, eos: the tokenizer's own tokens, as text ("" where it has none).
-
-    Returns:
-        One turn per question; the first also holds what precedes it. Joined texts of the segments that are
-        not hidden equal the official rendering, followed by the last answer's stop token where the official
-        one has none.
-    """
-    fill = {"bos": bos, "eos": eos}
-    system, rest = split_system(template, messages)
-    users = [index for index, (role, _) in enumerate(rest) if role == "user"]
-    place = {"first_user": users[0], "last_user": users[-1]}.get(template.system_in) if users else None
-    opening = pieces(expand(template.prefix, fill), [], fill)
-    system_part = (
-        []
-        if system is None
-        else pieces(template.system, [Segment(stripped(template, "system", system), False, False)], fill)
-    )
-    if place is None:
-        opening += system_part
-    turns: list[Turn] = []
-    for index, (role, content) in enumerate(rest):
-        last = index == len(rest) - 1
-        if role == "user":
-            inside = system_part if index == place else []
-            turns.append(render_question(template, content, inside, fill))
-            if last:
-                turns[-1] += pieces(template.header, [], fill)
-        else:
-            turns[-1] += render_answer(template, content, last, fill)
-    turns[0][:0] = opening
-    return turns
-
-
-def render_question(
-    template: Template, content: str, system: list[Segment], fill: dict[str, str]
-) -> list[Segment]:
-    """Return the segments of a user message, with the system prompt inside it where the format wants that."""
-    if "user" in template.strip:
-        content = content.rstrip() if system else content.strip()
-    return pieces(template.user, [*system, Segment(content, False, False)], fill)
-
-
-def render_answer(template: Template, content: str, last: bool, fill: dict[str, str]) -> list[Segment]:
-    """Return header, answer, stop and what follows; answer and stop are trained."""
-    thought, content = split_thought(template, stripped(template, "assistant", content), last)
-    segments = pieces(template.header, [], fill)
-    if thought is not None:
-        before, after = template.thought
-        segments += [Segment(before, True, True), Segment(thought, False, True), Segment(after, True, True)]
-    segments.append(Segment(template.answer.replace("{content}", content), False, True))
-    segments.append(
-        Segment(expand(template.stop, fill), True, True, hidden=not (template.stop_between or last))
-    )
-    if template.stop_between or last:
-        segments += pieces(template.after, [], fill)
-    return [segment for segment in segments if segment.text]
-
-
-def split_thought(template: Template, content: str, last: bool) -> tuple[str | None, str]:
-    """Return (thought with its line breaks, or None; answer) for formats with thoughts.
-
-    As in the models' own templates: history loses its thoughts, the last answer has its own or an empty one.
-    """
-    if not template.thought:
-        return None, content
-    reasoning, mark, answer = content.rpartition("</think>")
-    answer = answer.lstrip("\n") if mark or last else answer
-    if not last:
-        return None, answer
-    reasoning = reasoning.split("</think>")[0].rstrip("\n").split("<think>")[-1].strip("\n")
-    return f"\n{reasoning}\n", answer
-
-
-def render_text(template: Template, messages: Sequence[tuple[str, str]], *, bos: str, eos: str) -> str:
-    """Return the rendered conversation as one string."""
-    turns = render(template, messages, bos=bos, eos=eos)
-    return "".join(s.text for turn in turns for s in turn if not s.hidden)
-
-
-# ---- export ------------------------------------------------------------------------------------------------
-
-
-def jinja(template: Template, *, bos: str, eos: str) -> str:
-    """Return a Jinja chat template that renders the same text as `render`."""
-    fill = {"bos": bos, "eos": eos}
-    text = "message['content'] | trim" if "assistant" in template.strip else "message['content']"
-    default = "none" if template.default_system is None else quote(template.default_system, fill)
-    system = "(system | trim)" if "system" in template.strip else "system"
-    stop_first = "true" if template.stop_between else "loop.last"
-    lines = [
-        "{%- if messages[0]['role'] == 'system' -%}",
-        "{%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}",
-        f"{{%- else -%}}{{%- set system = {default} -%}}{{%- set turns = messages -%}}{{%- endif -%}}",
-        f"{{{{- {quote(template.prefix, fill)} -}}}}",
-        f"{{%- set system = '' if system is none else {around(template.system, system, fill)} -%}}",
-        "{%- set ns = namespace(last_user=-1) -%}",
-        "{%- for message in turns -%}{%- if message['role'] == 'user' -%}",
-        "{%- set ns.last_user = loop.index0 -%}{%- endif -%}{%- endfor -%}",
-        *(["{{- system -}}"] if template.system_in == "own" else []),
-        "{%- for message in turns -%}{%- if message['role'] == 'user' -%}",
-        f"{{{{- {around(template.user, question_expression(template), fill)} -}}}}",
-        "{%- else -%}",
-        f"{{%- set text = {text} -%}}",
-        *thought_lines(template),
-        f"{{{{- {quote(template.header, fill)} + {around(template.answer, 'text', fill)} -}}}}",
-        f"{{%- if {stop_first} -%}}{{{{- {quote(template.stop + template.after, fill)} -}}}}{{%- endif -%}}",
-        "{%- endif -%}{%- endfor -%}",
-        f"{{%- if add_generation_prompt -%}}{{{{- {quote(template.header, fill)} -}}}}{{%- endif -%}}",
-    ]
-    return "\n".join(lines)
-
-
-def quote(text: str, fill: dict[str, str]) -> str:
-    """Return a Jinja string literal."""
-    escaped = expand(text, fill).replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"'{escaped}'"
-
-
-def around(form: str, value: str, fill: dict[str, str]) -> str:
-    """Return the Jinja expression of a form with `value` in the place of {content}."""
-    before, _, after = form.partition("{content}")
-    return f"{quote(before, fill)} + {value} + {quote(after, fill)}"
-
-
-def question_expression(template: Template) -> str:
-    """Return the Jinja expression of a user message's content."""
-    value = "message['content']"
-    trim = " | trim" if "user" in template.strip else ""
-    if template.system_in == "own":
-        return f"({value}{trim})"
-    place = "loop.first" if template.system_in == "first_user" else "loop.index0 == ns.last_user"
-    return f"(((system if {place} else '') + {value}){trim})"
-
-
-def thought_lines(template: Template) -> list[str]:
-    """Return the Jinja lines that treat thoughts as `split_thought` does."""
-    if not template.thought:
-        return []
-    return [
-        "{%- set thought = '' -%}{%- if '</think>' in text -%}",
-        "{%- set thought = text.split('</think>')[0].rstrip('\\n').split('<think>')[-1].strip('\\n') -%}",
-        "{%- set text = text.split('</think>')[-1].lstrip('\\n') -%}{%- endif -%}",
-        "{%- if loop.last -%}",
-        "{%- set text = '<think>\\n' + thought + '\\n</think>\\n\\n' + text.lstrip('\\n') -%}{%- endif -%}",
-    ]

@@ -1,48 +1,82 @@
 """Which chat format a model gets, and the proof that it is the one the model knows."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from medicalgpt.errors import ConfigError, ModelError
+from medicalgpt.jinja_export import jinja
+from medicalgpt.template_probe import Difference, Render, Unreadable, compare, read_template
 from medicalgpt.tokenization import ChatFormat
-from template import TEMPLATES, Template, get_template, jinja, render_text
+from template import TEMPLATES, Message, Template, get_template
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-# Conversations on which a model's own chat template and ours must agree.
-PROBES = (
-    [("user", "a b"), ("assistant", "c d")],
-    [("user", "Question?"), ("assistant", "Answer."), ("user", "And then?"), ("assistant", "More.")],
-    [("system", "Be brief."), ("user", "Question?"), ("assistant", "Answer."), ("user", "And then?")],
-    [("user", "只有一个问题")],
-)
+OWN = "own"  # the name of a format that is read off a model's own chat template
 
 
-def agrees(tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
-    """Return whether the tokenizer's own chat template renders every probe it accepts as ours does."""
+@dataclass(frozen=True)
+class OwnRender:
+    """A tokenizer's own chat template as a function of messages."""
+
+    tokenizer: PreTrainedTokenizerBase
+    options: dict
+
+    def __call__(self, messages: Sequence[Message], is_prompt: bool) -> str:
+        """Render.
+
+        Raises:
+            ValueError: the template refuses these messages.
+        """
+        talk = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return self.tokenizer.apply_chat_template(
+                talk, tokenize=False, add_generation_prompt=is_prompt, **self.options
+            )
+        except (TemplateError, TypeError) as error:
+            raise ValueError(str(error)) from error
+
+
+def render_of(tokenizer: PreTrainedTokenizerBase, template: Template | None = None) -> Render:
+    """Return the tokenizer's own rendering, in the mode of a template (thinking or not)."""
+    return OwnRender(tokenizer, template.options if template else {})
+
+
+def difference(tokenizer: PreTrainedTokenizerBase, template: Template) -> Difference | ModelError | None:
+    """Return where the tokenizer's own chat template and ours part, or None where they agree."""
     try:
         chat_format = ChatFormat.of(template, tokenizer)
-    except ModelError:
-        return False
-    compared = 0
-    for probe in PROBES:
-        messages = [{"role": role, "content": content} for role, content in probe]
-        try:
-            own = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=probe[-1][0] == "user"
-            )
-        except (TemplateError, ValueError):
-            continue  # a format that refuses system prompts
-        compared += 1
-        if own != render_text(template, probe, bos=chat_format.bos, eos=chat_format.eos):
-            return False
-    return compared > 0
+    except ModelError as error:
+        return error
+    bos, eos = chat_format.bos, chat_format.eos
+    compared, found = compare(render_of(tokenizer, template), template, bos=bos, eos=eos)
+    return found if compared else ModelError("the model's own chat template refuses every conversation")
 
 
 def as_the_model_has_it(tokenizer: PreTrainedTokenizerBase, template: Template) -> Template | None:
-    """Return the template with the model's own default system prompt, or None if formats differ."""
-    variants = [replace(template, default_system=system) for system in template.system_variants]
-    return next((variant for variant in (template, *variants) if agrees(tokenizer, variant)), None)
+    """Return the template as the model's own chat template has it, or None if formats differ."""
+    variants = (template, *(replace(template, **values) for values in template.variants))
+    return next((variant for variant in variants if difference(tokenizer, variant) is None), None)
+
+
+def read_own_template(tokenizer: PreTrainedTokenizerBase) -> Template:
+    """Return the format of the tokenizer's own chat template.
+
+    Raises:
+        ConfigError: it cannot be read off, with the reason.
+    """
+    try:
+        return read_template(
+            render_of(tokenizer),
+            sorted(tokenizer.get_added_vocab()),
+            bos=tokenizer.bos_token or "",
+            eos=tokenizer.eos_token or "",
+        )
+    except Unreadable as error:
+        raise ConfigError(
+            f"{tokenizer.name_or_path}: its own chat template cannot be turned into segments: {error}; give "
+            f"--template_name, one of {', '.join(TEMPLATES)}, with --force_template True"
+        ) from None
 
 
 def matching_template(tokenizer: PreTrainedTokenizerBase) -> Template | None:
@@ -66,9 +100,9 @@ def resolve_template(
             contradicts what the model was trained with.
     """
     choices = ", ".join(TEMPLATES)
-    if name is not None and name not in TEMPLATES:
+    if name not in (None, OWN) and name not in TEMPLATES:
         raise ConfigError(f"--template_name {name} is not known; choose from {choices}")
-    if name is not None and force:
+    if name is not None and force and name != OWN:
         return get_template(name)
     if name is not None and recorded not in (None, name):
         raise ConfigError(
@@ -82,24 +116,25 @@ def resolve_template(
                 f"{tokenizer.name_or_path} has no chat template; give --template_name, one of {choices}"
             )
         return wanted
-    found = as_the_model_has_it(tokenizer, wanted) if wanted else matching_template(tokenizer)
+    if wanted is None:
+        return matching_template(tokenizer) or read_own_template(tokenizer)
+    found = as_the_model_has_it(tokenizer, wanted)
     if found is None and recorded is not None:
         return wanted  # what it was trained with counts, whatever template its tokenizer carries
-    if found is None and wanted is None:
-        raise ConfigError(
-            f"{tokenizer.name_or_path} has a chat template that is none of these; give --template_name, one "
-            f"of {choices}, with --force_template True"
-        )
     if found is None:
         own = matching_template(tokenizer)
         raise ConfigError(
             f"--template_name {wanted.name}: the model's own chat template is "
-            f"{own.name if own else 'another one'}; give that name or --force_template True to override"
+            f"{own.name if own else 'another one'} ({difference(tokenizer, wanted)}); leave the flag out, or "
+            "use --force_template True to override"
         )
     return found
 
 
 def export_template(tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> None:
     """Give the tokenizer the chat template that was trained; one of its own that renders the same stays."""
-    if tokenizer.chat_template is None or not agrees(tokenizer, chat_format.template):
-        tokenizer.chat_template = jinja(chat_format.template, bos=chat_format.bos, eos=chat_format.eos)
+    template = chat_format.template
+    if tokenizer.chat_template is None or (
+        template.name != OWN and difference(tokenizer, template) is not None
+    ):
+        tokenizer.chat_template = jinja(template, bos=chat_format.bos, eos=chat_format.eos)

@@ -26,7 +26,7 @@ def encode_texts(records: Sequence[Text], tokenizer: PreTrainedTokenizerBase) ->
     documents = []
     for begin in range(0, len(records), ENCODE_BATCH):
         texts = [record.text for record in records[begin : begin + ENCODE_BATCH]]
-        documents += [[*bos, *ids, tokenizer.eos_token_id] for ids in plain.encode(texts, at_start=not bos)]
+        documents += [[*bos, *ids, tokenizer.eos_token_id] for ids in plain.encode(texts, prefixed=True)]
     return documents
 
 

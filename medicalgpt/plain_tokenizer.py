@@ -16,47 +16,60 @@ class PlainTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.control_ids: dict[str, int] = dict(tokenizer.get_added_vocab())
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        added = [token for token in spec["added_tokens"] if token["special"] or token["content"].strip()]
+        self.text_tokens = [token for token in spec["added_tokens"] if token not in added]
+        self.control_ids: dict[str, int] = {token["content"]: token["id"] for token in added}
+        self.eats_left = frozenset(token["content"] for token in added if token["lstrip"])
+        self.eats_right = frozenset(token["content"] for token in added if token["rstrip"])
         # An unknown character is the unknown token, and forges nothing.
         self.forbidden = frozenset(self.control_ids.values()) - {tokenizer.unk_token_id}
         names = sorted(map(re.escape, self.control_ids), key=len, reverse=True)
         self.control_pattern = re.compile(f"({'|'.join(names)})") if names else re.compile("(?!)")
-        spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        spec.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
-        self.at_start = Tokenizer.from_str(json.dumps(spec))
-        self.inside = Tokenizer.from_str(json.dumps(without_dummy_prefix(spec)))
+        # Runs of white space that are tokens of their own (gemma) forge nothing either.
+        spec.update(added_tokens=self.text_tokens, post_processor=None, truncation=None, padding=None)
+        bare, self.prefixes_inside = without_dummy_prefix(spec)
+        self.prefixing = Tokenizer.from_str(json.dumps(spec))
+        self.inside = Tokenizer.from_str(json.dumps(bare))
 
-    def encode(self, texts: Sequence[str], *, at_start: bool = False) -> list[list[int]]:
+    def encode(self, texts: Sequence[str], *, prefixed: bool = False) -> list[list[int]]:
         """Return the ids of each text.
 
         Args:
-            at_start: the texts begin a sequence (SentencePiece puts a space before such a text).
+            prefixed: the texts get the space that SentencePiece puts before a text.
         """
-        backend = self.at_start if at_start else self.inside
+        backend = self.prefixing if prefixed else self.inside
         return [
-            ids if self.forbidden.isdisjoint(ids) else self.encode_apart(text, at_start=at_start)
+            ids if self.forbidden.isdisjoint(ids) else self.encode_apart(text, prefixed=prefixed)
             for text, ids in zip(texts, (e.ids for e in backend.encode_batch_fast(list(texts))), strict=True)
         ]
 
-    def encode_apart(self, text: str, *, at_start: bool) -> list[int]:
+    def encode_apart(self, text: str, *, prefixed: bool) -> list[int]:
         """Encode a text that would give a control token although none is known: cut inside every marker."""
         ids, begin = [], 0
         cuts = [match.start() + 1 for match in self.control_pattern.finditer(text)]
         for cut in [*cuts, len(text)]:
-            backend = self.at_start if at_start and begin == 0 else self.inside
+            backend = self.prefixing if prefixed and begin == 0 else self.inside
             ids += [i for i in backend.encode(text[begin:cut]).ids if i not in self.forbidden]
             begin = cut
         return ids
 
 
-def without_dummy_prefix(spec: dict) -> dict:
-    """Return a tokenizer specification that puts no space before a text which continues a sequence."""
-    spec = json.loads(json.dumps(spec))
+def without_dummy_prefix(spec: dict) -> tuple[dict, bool]:
+    """Return a tokenizer specification that puts no space before a text, and whether `spec` always does."""
+    spec, always = json.loads(json.dumps(spec)), False
     parts = spec.get("pre_tokenizer") or {}
     for part in parts.get("pretokenizers", [parts]):
-        if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first":
+        if part.get("type") == "Metaspace":
+            always |= part.get("prepend_scheme") == "always"
             part["prepend_scheme"] = "never"
-    return spec
+    normalizer = spec.get("normalizer") or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    if any(step.get("type") == "Prepend" for step in steps):
+        always = True
+        kept = [step for step in steps if step.get("type") != "Prepend"]
+        spec["normalizer"] = {"type": "Sequence", "normalizers": kept}
+    return spec, always
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -5,6 +5,8 @@
            or {"messages": [{"role": "system|user|assistant", "content": …}]}
     pair   {"question", "response_chosen", "response_rejected"[, "system", "history"]}
            or {"conversations": [… ending with human], "chosen", "rejected"}
+    tools  a chat or pair row may offer "tools"; then turns may be function_call and observation (ShareGPT),
+           or hold tool_calls and be answered by role tool (OpenAI)
 
 A wrong row is refused as `file:line: field: what; mend`. Standard library only, so that tools answer at once.
 """
@@ -15,20 +17,20 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
+from medicalgpt.call_rows import name_calls, parse_openai_calls, parse_sharegpt_calls, parse_tools
 from medicalgpt.data_files import read_rows, read_text_file
 from medicalgpt.errors import DataError
+from template import Message
 
-SHAREGPT_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-OPENAI_ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
-
-
-class Message(NamedTuple):
-    """One turn; `role` is system, user or assistant."""
-
-    role: str
-    content: str
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "observation": "observation",
+}
+OPENAI_ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "observation"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,14 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation: an optional system message, then user and assistant in turn, ending with an answer."""
+    """A conversation: an optional system message, then questions and answers in turn, ending with an answer.
+
+    Between a question and its answer there may be calls and what tools gave back.
+    """
 
     messages: tuple[Message, ...]
     origin: str
+    tools: tuple[dict, ...] = ()
 
     @property
     def key(self) -> str:
@@ -62,9 +68,10 @@ class Pair:
     """A prompt that ends with a question, a better and a worse answer."""
 
     prompt: tuple[Message, ...]
-    chosen: str
-    rejected: str
+    chosen: Message
+    rejected: Message
     origin: str
+    tools: tuple[dict, ...] = ()
 
     @property
     def key(self) -> str:
@@ -119,12 +126,8 @@ def require_text(row: dict, name: str, origin: str, *, where: str = "", may_be_e
 
 
 def parse_messages(row: dict, origin: str) -> list[Message]:
-    """Return the messages of a ShareGPT or OpenAI row, roles renamed to system, user, assistant."""
-    name, role_key, text_key, roles = (
-        ("messages", "role", "content", OPENAI_ROLES)
-        if "messages" in row
-        else ("conversations", "from", "value", SHAREGPT_ROLES)
-    )
+    """Return the messages of a ShareGPT or OpenAI row, roles renamed to those of `Message`."""
+    name = "messages" if "messages" in row else "conversations"
     if name not in row:
         raise DataError(
             f"{origin}: conversations: missing; the row has {', '.join(sorted(map(str, row)))}; "
@@ -136,30 +139,51 @@ def parse_messages(row: dict, origin: str) -> list[Message]:
             f"{origin}: {name}: is {'an empty list' if turns == [] else type(turns).__name__}; "
             "expected a list of turns"
         )
-    messages = []
-    for index, turn in enumerate(turns):
-        where = f"{name}[{index}]"
-        if not isinstance(turn, dict):
-            raise DataError(f"{origin}: {where}: is {type(turn).__name__}; expected an object")
-        role = require_text(turn, role_key, origin, where=where)
-        if role not in roles:
-            raise DataError(f"{origin}: {where}.{role_key}: is {role!r}; expected {', '.join(roles)}")
-        content = require_text(turn, text_key, origin, where=where, may_be_empty=role == "system")
-        messages.append(Message(roles[role], content))
+    messages = [
+        parse_message(turn, f"{name}[{index}]", origin, is_openai=name == "messages")
+        for index, turn in enumerate(turns)
+    ]
     check_order(messages, name, origin)
-    return messages
+    return name_calls(messages)
+
+
+def parse_message(turn: object, where: str, origin: str, *, is_openai: bool) -> Message:
+    """Return one turn as a message."""
+    role_key, text_key, roles = (
+        ("role", "content", OPENAI_ROLES) if is_openai else ("from", "value", SHAREGPT_ROLES)
+    )
+    if not isinstance(turn, dict):
+        raise DataError(f"{origin}: {where}: is {type(turn).__name__}; expected an object")
+    role = require_text(turn, role_key, origin, where=where)
+    if role not in roles:
+        raise DataError(f"{origin}: {where}.{role_key}: is {role!r}; expected {', '.join(roles)}")
+    if is_openai and role == "assistant" and turn.get("tool_calls"):
+        content = turn.get("content") or ""
+        return Message(role, content, parse_openai_calls(turn["tool_calls"], f"{where}.tool_calls", origin))
+    may_be_empty = roles[role] in ("system", "observation")
+    content = require_text(turn, text_key, origin, where=where, may_be_empty=may_be_empty)
+    if role == "function_call":
+        thought, mark, body = content.rpartition("</think>")
+        return Message("assistant", thought + mark, parse_sharegpt_calls(body, f"{where}.{text_key}", origin))
+    if roles[role] == "observation":
+        return Message("observation", content, call_id=str(turn.get("tool_call_id") or ""))
+    return Message(roles[role], content)
 
 
 def check_order(messages: list[Message], name: str, origin: str) -> None:
-    """Refuse anything but an optional system message, then user and assistant in turn."""
+    """Refuse anything but a system message or none, then user and assistant in turn; results follow calls."""
     offset = 1 if messages[0].role == "system" else 0
-    for index, message in enumerate(messages[offset:]):
-        expected = "user" if index % 2 == 0 else "assistant"
-        if message.role != expected:
+    due = ("user",)
+    for index, message in enumerate(messages[offset:], offset):
+        if message.role not in due:
             raise DataError(
-                f"{origin}: {name}[{index + offset}]: has role {message.role} where {expected} is due; user "
-                "and assistant must alternate, a system turn only comes first"
+                f"{origin}: {name}[{index}]: has role {message.role} where {' or '.join(due)} is due; user "
+                "and assistant must alternate, a system turn only comes first, an observation follows a call"
             )
+        if message.role == "assistant":
+            due = ("observation",) if message.calls else ("user",)
+        else:
+            due = ("assistant",) if message.role == "user" else ("assistant", "observation")
     if len(messages) == offset:
         raise DataError(f"{origin}: {name}: has no question; add a user turn")
 
@@ -178,14 +202,18 @@ def parse_chat(row: dict, origin: str, log: RowLog) -> Chat | None:
     if messages[-1].role == "user":
         log.add("unanswered_question_dropped", origin)
         messages.pop()
-    return Chat(tuple(messages), origin)
+    if messages[-1].role == "observation":
+        log.add("unanswered_observation_dropped", origin)
+        while messages[-1].role == "observation":
+            messages.pop()
+    return Chat(tuple(messages), origin, parse_tools(row, origin))
 
 
 def parse_pair(row: dict, origin: str, log: RowLog) -> Pair | None:
     """A preference row in either form → Pair. Two equal answers teach nothing: dropped and counted."""
     if "conversations" in row or "messages" in row:
         prompt = parse_messages(row, origin)
-        if prompt[-1].role != "user":
+        if prompt[-1].role == "assistant":
             raise DataError(
                 f"{origin}: {'messages' if 'messages' in row else 'conversations'}: ends with an answer; "
                 "a pair's prompt ends with a question"
@@ -195,11 +223,21 @@ def parse_pair(row: dict, origin: str, log: RowLog) -> Pair | None:
         prompt = parse_history(row, origin)
         prompt.append(Message("user", require_text(row, "question", origin)))
         chosen, rejected = "response_chosen", "response_rejected"
-    answers = require_text(row, chosen, origin), require_text(row, rejected, origin)
+    answers = parse_answer(row, chosen, origin), parse_answer(row, rejected, origin)
     if answers[0] == answers[1]:
         log.add("identical_answers_dropped", origin)
         return None
-    return Pair(tuple(prompt), *answers, origin)
+    return Pair(tuple(prompt), *answers, origin, parse_tools(row, origin))
+
+
+def parse_answer(row: dict, name: str, origin: str) -> Message:
+    """Return an answer of a pair: text, or a turn of an assistant (which may be a call)."""
+    if not isinstance(row.get(name), dict):
+        return Message("assistant", require_text(row, name, origin))
+    message = parse_message(row[name], name, origin, is_openai="role" in row[name])
+    if message.role != "assistant":
+        raise DataError(f"{origin}: {name}: has role {message.role}; an answer is the assistant's")
+    return message
 
 
 def parse_history(row: dict, origin: str) -> list[Message]:

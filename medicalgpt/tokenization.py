@@ -5,14 +5,15 @@ tokenizer that knows no control tokens at all, so no message can forge one; a pr
 encoded apart, as generation sees them. Elsewhere the ids are those of the whole rendered text.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from medicalgpt.errors import ModelError
 from medicalgpt.plain_tokenizer import PlainTokenizer, adds_bos
 from medicalgpt.records import Chat, Message, Pair, RowLog
-from template import Segment, Template, Turn, render
+from medicalgpt.rendering import Renderer, Turn
+from template import Segment, Template
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -28,23 +29,30 @@ def tokens(ids: Sequence[int]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """A template with the tokenizer's own tokens filled in."""
+    """A template with the tokenizer's own tokens filled in.
+
+    Attributes:
+        tool_format: how tools are offered and called; None: the template's own way.
+        adds_bos: the tokenizer itself begins a text with BOS.
+    """
 
     template: Template
     bos: str
     eos: str
+    tool_format: str | None = None
+    adds_bos: bool = False
 
     @classmethod
-    def of(cls, template: Template, tokenizer: PreTrainedTokenizerBase) -> "ChatFormat":
+    def of(
+        cls, template: Template, tokenizer: PreTrainedTokenizerBase, tool_format: str | None = None
+    ) -> "ChatFormat":
         """Bind a template to a tokenizer.
 
         Raises:
             ModelError: the stop of the template is not one token of this tokenizer.
         """
-        bos = tokenizer.bos_token or ""
-        if template.bos_as_tokenizer and not adds_bos(tokenizer):
-            bos = ""
-        chat_format = cls(template, bos, tokenizer.eos_token or "")
+        bos, eos = tokenizer.bos_token or "", tokenizer.eos_token or ""
+        chat_format = cls(template, bos, eos, tool_format, adds_bos(tokenizer))
         stop = chat_format.stops[0]
         if len(tokenizer(stop, add_special_tokens=False).input_ids) != 1:
             raise ModelError(
@@ -58,9 +66,28 @@ class ChatFormat:
         """Every string that ends an answer; the trained one first."""
         return self.template.stops(self.eos)
 
-    def render(self, messages: Iterable[Message]) -> list[Turn]:
-        """Render a conversation; see `template.render`."""
-        return render(self.template, list(messages), bos=self.bos, eos=self.eos)
+    @property
+    def renderer(self) -> Renderer:
+        """What turns conversations into segments."""
+        return Renderer(self.template, self.bos, self.eos, self.tool_format)
+
+    def render(self, messages: Sequence[Message], tools: Sequence[dict] = ()) -> list[Turn]:
+        """Render a conversation; see `Renderer.render`."""
+        return self.renderer.render(messages, tools)
+
+    @property
+    def leading_bos(self) -> str | None:
+        """The token that the tokenizer itself puts before a text of this format, or None."""
+        return self.bos if self.template.bos_as_tokenizer and self.adds_bos else None
+
+    def protects_roles(self, tokenizer: PreTrainedTokenizerBase) -> bool:
+        """True when control tokens mark who speaks, so that no message can pretend to be another's."""
+        added = tokenizer.get_added_vocab()
+        forms = (self.template.user, self.template.header + self.template.answer)
+        return any(token in self.renderer.expand(forms[0]) for token in added) and (
+            any(token in self.renderer.expand(forms[1]) for token in added)
+            or any(token in self.renderer.expand(forms[0].rpartition("{content}")[2]) for token in added)
+        )
 
     def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Return the ids that end an answer at generation."""
@@ -77,7 +104,7 @@ class Tokens:
     """Ids and labels of one turn, growing; labels are IGNORE_INDEX where nothing is trained.
 
     Attributes:
-        answer: where the turn's answer with its stop begins and ends, in tokens; None while it has none.
+        answer: where the turn's last answer with its stop begins and ends, in tokens; None while it has none.
         hidden_stop: a stop that is the label of the next token, whichever turn that belongs to.
     """
 
@@ -92,8 +119,8 @@ class Tokens:
         if self.hidden_stop is not None and ids:
             labels[0], self.hidden_stop = self.hidden_stop, None
         if trained:
-            start = self.answer[0] if self.answer else len(self.ids)
-            self.answer = start, len(self.ids) + len(ids)
+            continues = self.answer and self.answer[1] == len(self.ids)
+            self.answer = self.answer[0] if continues else len(self.ids), len(self.ids) + len(ids)
         self.ids += ids
         self.labels += labels
 
@@ -113,39 +140,59 @@ class Tokens:
 
 
 class Run(NamedTuple):
-    """A stretch of one turn: a control token's id, or text to be encoded."""
+    """A stretch of one turn: a control token's id, or text to be encoded.
+
+    `prefixed`: the tokenizer puts its space before this text (SentencePiece at the start of a sequence, and
+    in older tokenizers behind every control token).
+    """
 
     value: int | str
     trained: bool
-    hidden: bool
-    at_start: bool
+    hidden: bool = False
+    prefixed: bool = False
 
 
-def split_runs(turns: list[Turn], plain: PlainTokenizer) -> list[list[Run]]:
-    """Split every turn into runs at control tokens and at the borders of what is trained.
+class RunSplitter:
+    """Splits the segments of one conversation into runs, turn by turn.
 
-    Marker and message text that stand side by side in a prompt stay together, as in the whole rendered text.
+    Marker and message text that stand side by side in a prompt stay together, as in the whole rendered text;
+    control tokens and the borders of what is trained divide.
     """
-    result, first = [], True
-    for turn in turns:
-        runs: list[Run] = []
-        text, trained = "", False
+
+    def __init__(self, plain: PlainTokenizer):
+        self.plain = plain
+        self.runs: list[Run] = []
+        self.text, self.trained = "", False
+        self.prefixed = True  # the sequence begins
+        self.eaten = False  # the control token before takes the white space behind it
+
+    def split(self, turn: Turn) -> list[Run]:
+        """Return the runs of the next turn."""
+        self.runs = []
         for segment in turn:
-            for part in segment_parts(segment, plain):
-                is_control = segment.is_marker and part in plain.control_ids
-                if text and (is_control or segment.trained != trained):
-                    runs.append(Run(text, trained, False, first))
-                    text, first = "", False
-                if is_control:
-                    runs.append(Run(plain.control_ids[part], segment.trained, segment.hidden, first))
-                    first = False
-                else:
-                    text, trained = text + part, segment.trained
+            for part in segment_parts(segment, self.plain):
+                if segment.is_marker and part in self.plain.control_ids:
+                    self.end_text(before=part)
+                    self.runs.append(Run(self.plain.control_ids[part], segment.trained, segment.hidden))
+                    if not segment.hidden:
+                        self.prefixed = self.plain.prefixes_inside
+                        self.eaten = part in self.plain.eats_right
+                    continue
+                if segment.trained != self.trained:
+                    self.end_text()
+                self.text, self.trained = self.text + part, segment.trained
+        self.end_text()
+        return self.runs
+
+    def end_text(self, before: str | None = None) -> None:
+        """End the text so far; `before` is the control token that follows it."""
+        text = self.text.lstrip() if self.eaten else self.text
+        if before in self.plain.eats_left:
+            text = text.rstrip()
         if text:
-            runs.append(Run(text, trained, False, first))
-            first = False
-        result.append(runs)
-    return result
+            self.runs.append(Run(text, self.trained, prefixed=self.prefixed))
+            self.prefixed = self.eaten = False
+        self.text = ""
 
 
 def segment_parts(segment: Segment, plain: PlainTokenizer) -> list[str]:
@@ -178,17 +225,31 @@ class ChatEncoder:
         self.max_source_length = max_source_length or max_length
         self.max_target_length = max_target_length or max_length
 
-    def encode_turns(self, conversations: Sequence[Sequence[Message]]) -> list[list[Tokens]]:
-        """Return ids and labels of every turn of every conversation, uncut."""
-        runs = [split_runs(self.format.render(messages), self.plain) for messages in conversations]
+    def encode_turns(
+        self, conversations: Sequence[Sequence[Message]], tools: Sequence[Sequence[dict]] | None = None
+    ) -> list[list[Tokens]]:
+        """Return ids and labels of every turn of every conversation, uncut.
+
+        Args:
+            tools: what the model may call, per conversation; None: nothing.
+        """
+        tools = tools or [()] * len(conversations)
+        runs = [self.split(messages, offered) for messages, offered in zip(conversations, tools, strict=True)]
         every = [run for turns in runs for turn in turns for run in turn if isinstance(run.value, str)]
         ids = {}
-        for at_start in (True, False):
-            texts = list(dict.fromkeys(run.value for run in every if run.at_start is at_start))
-            ids |= zip(
-                ((text, at_start) for text in texts), self.plain.encode(texts, at_start=at_start), strict=True
-            )
+        for prefixed in (True, False):
+            texts = list(dict.fromkeys(run.value for run in every if run.prefixed is prefixed))
+            encoded = self.plain.encode(texts, prefixed=prefixed)
+            ids |= zip(((text, prefixed) for text in texts), encoded, strict=True)
         return [self.join_runs(turns, ids) for turns in runs]
+
+    def split(self, messages: Sequence[Message], tools: Sequence[dict]) -> list[list[Run]]:
+        """Return the runs of every turn; BOS comes first where the tokenizer would add it."""
+        splitter = RunSplitter(self.plain)
+        turns = [splitter.split(turn) for turn in self.format.render(messages, tools)]
+        if self.format.leading_bos:
+            turns[0].insert(0, Run(self.plain.control_ids[self.format.leading_bos], False))
+        return turns
 
     @staticmethod
     def join_runs(turns: list[list[Run]], ids: dict[tuple[str, bool], list[int]]) -> list[Tokens]:
@@ -201,21 +262,23 @@ class ChatEncoder:
                     result.hidden_stop = run.value
                 else:
                     result.add(
-                        [run.value] if isinstance(run.value, int) else ids[run.value, run.at_start],
+                        [run.value] if isinstance(run.value, int) else ids[run.value, run.prefixed],
                         run.trained,
                     )
             pending = result.hidden_stop
             joined.append(result)
         return joined
 
-    def encode_prompt(self, messages: Sequence[Message]) -> tuple[list[int] | None, int]:
+    def encode_prompt(
+        self, messages: Sequence[Message], tools: Sequence[dict] = ()
+    ) -> tuple[list[int] | None, int]:
         """Encode a conversation that ends with a question, up to where the answer begins.
 
         Returns:
             The ids, without the oldest turns where all would not fit (None where the last question alone
             does not), and how many turns went.
         """
-        _, turns, dropped = self.drop_oldest(messages, self.encode_turns([messages])[0])
+        _, turns, dropped = self.drop_oldest(messages, self.encode_turns([messages], [tools])[0], tools)
         ids = [i for turn in turns for i in turn.ids]
         return (ids if len(ids) <= self.max_length else None), dropped
 
@@ -226,8 +289,8 @@ class ChatEncoder:
         examples = []
         for begin in range(0, len(records), ENCODE_BATCH):
             batch = records[begin : begin + ENCODE_BATCH]
-            for record, turns in zip(batch, self.encode_turns([r.messages for r in batch]), strict=True):
-                fitted = self.fit(record.messages, turns, record.origin, log)
+            for record, turns in zip(batch, self.encode_batch(batch), strict=True):
+                fitted = self.fit(record, turns, log)
                 if fitted is None:
                     continue
                 examples.append(
@@ -239,14 +302,19 @@ class ChatEncoder:
                 )
         return examples
 
-    def fit(
-        self, messages: Sequence[Message], turns: list[Tokens], origin: str, log: RowLog
-    ) -> Tokens | None:
+    def encode_batch(self, records: Sequence[Chat]) -> list[list[Tokens]]:
+        """Return the turns of every conversation."""
+        return self.encode_turns([r.messages for r in records], [r.tools for r in records])
+
+    def fit(self, record: Chat, turns: list[Tokens], log: RowLog) -> Tokens | None:
         """Make a conversation fit: whole oldest turns go first, then the tail of the last answer.
 
         Returns None, and counts the row, when the last question leaves no room for an answer.
         """
-        messages, turns, dropped = self.drop_oldest(messages, turns)
+        origin = record.origin
+        if self.format.template.system is None and record.messages[0].role == "system":
+            log.add("system_prompt_dropped", origin)
+        _, turns, dropped = self.drop_oldest(record.messages, turns, record.tools)
         if dropped:
             log.add("oldest_turns_dropped", origin)
         last = turns[-1]
@@ -266,17 +334,15 @@ class ChatEncoder:
         return Tokens([i for turn in turns for i in turn.ids], [i for turn in turns for i in turn.labels])
 
     def drop_oldest(
-        self, messages: Sequence[Message], turns: list[Tokens]
+        self, messages: Sequence[Message], turns: list[Tokens], tools: Sequence[dict] = ()
     ) -> tuple[list[Message], list[Tokens], int]:
         """Drop as few of the oldest turns as make the conversation fit; the last turn always stays."""
-        messages = list(messages)
-        system = messages[:1] if messages[0].role == "system" else []
-        total = len(turns)
+        messages, total = list(messages), len(turns)
         while len(turns) > 1 and not self.fits(turns):
             drop = next((k for k in range(1, len(turns) - 1) if self.fits(turns[k:])), len(turns) - 1)
-            messages = system + messages[len(system) + 2 * drop :]
+            messages = without_turns(messages, drop)
             # Encoded anew: what stood before the first turn now stands before another.
-            turns = self.encode_turns([messages])[0]
+            turns = self.encode_turns([messages], [tools])[0]
         return messages, turns, total - len(turns)
 
     def fits(self, turns: list[Tokens]) -> bool:
@@ -292,28 +358,28 @@ class ChatEncoder:
         examples = []
         for begin in range(0, len(records), ENCODE_BATCH):
             batch = records[begin : begin + ENCODE_BATCH]
-            sides = [
-                (*r.prompt, Message("assistant", answer)) for r in batch for answer in (r.chosen, r.rejected)
-            ]
-            turns = self.encode_turns(sides)
+            sides = [(*r.prompt, answer) for r in batch for answer in (r.chosen, r.rejected)]
+            turns = self.encode_turns(sides, [r.tools for r in batch for _ in range(2)])
             for index, record in enumerate(batch):
-                example = self.fit_pair(
-                    sides[2 * index : 2 * index + 2], turns[2 * index : 2 * index + 2], record.origin, log
-                )
+                both = slice(2 * index, 2 * index + 2)
+                example = self.fit_pair(record, sides[both], turns[both], log)
                 if example is not None:
                     examples.append(example)
         return examples
 
     def fit_pair(
-        self, sides: Sequence[Sequence[Message]], turns: Sequence[list[Tokens]], origin: str, log: RowLog
+        self, record: Pair, sides: Sequence[Sequence[Message]], turns: Sequence[list[Tokens]], log: RowLog
     ) -> dict | None:
         """Make both answers of a pair fit behind the same prompt."""
+        origin, tools = record.origin, record.tools
         (chosen_messages, chosen, a), (rejected_messages, rejected, b) = (
-            self.drop_oldest(*side) for side in zip(sides, turns, strict=True)
+            self.drop_oldest(*side, tools) for side in zip(sides, turns, strict=True)
         )
         if a != b:  # the longer answer decides how much history both keep
             shorter = min((chosen_messages, rejected_messages), key=len)
-            chosen, rejected = self.encode_turns([(*shorter[:-1], side[-1]) for side in sides])
+            chosen, rejected = self.encode_turns(
+                [(*shorter[:-1], side[-1]) for side in sides], [tools, tools]
+            )
         if max(a, b):
             log.add("oldest_turns_dropped", origin)
         flat = [last_answer_only(side) for side in (chosen, rejected)]
@@ -333,6 +399,13 @@ class ChatEncoder:
         if cut:
             log.add("answer_cut", origin)
         return example
+
+
+def without_turns(messages: Sequence[Message], drop: int) -> list[Message]:
+    """Return a conversation without its first `drop` questions and what followed them."""
+    system = [message for message in messages[:1] if message.role == "system"]
+    begins = [index for index, message in enumerate(messages) if message.role == "user"]
+    return system + list(messages[begins[drop] :])
 
 
 def cap_answer(turn: Tokens, max_target_length: int) -> bool:

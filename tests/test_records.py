@@ -164,7 +164,9 @@ MESSAGES_FORM = {"messages": [{"role": "user", "content": "hi"}], "chosen": "goo
 def test_all_pair_forms_become_the_same_pair(tmp_path, row):
     file = tmp_path / "a.jsonl"
     records, _ = read(file, json.dumps(row), parse_pair)
-    assert records == [Pair((Message("user", "hi"),), "good", "bad", f"{file}:1")]
+    assert records == [
+        Pair((Message("user", "hi"),), Message("assistant", "good"), Message("assistant", "bad"), f"{file}:1")
+    ]
 
 
 def test_system_and_history_of_a_pair_come_before_its_question(tmp_path):
@@ -537,9 +539,16 @@ def test_rows_that_all_share_one_prompt_cannot_be_split():
 
 
 def test_validation_rows_whose_prompt_is_trained_are_left_out():
-    train = [Pair((Message("system", "s"), Message("user", "q")), "a", "b", "t:1")]
-    same = Pair((Message("user", "q"),), "c", "d", "v:1")
-    other = Pair((Message("user", "p"),), "a", "b", "v:2")
+    train = [
+        Pair(
+            (Message("system", "s"), Message("user", "q")),
+            Message("assistant", "a"),
+            Message("assistant", "b"),
+            "t:1",
+        )
+    ]
+    same = Pair((Message("user", "q"),), Message("assistant", "c"), Message("assistant", "d"), "v:1")
+    other = Pair((Message("user", "p"),), Message("assistant", "a"), Message("assistant", "b"), "v:2")
     assert without_shared([same, other], train) == [other]
 
 

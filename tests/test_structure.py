@@ -25,7 +25,8 @@ LAUNCHED = {
     for path in ROOT.glob("run_*.sh")
     if (match := re.search(r"torchrun --nproc_per_node 2 (\w+\.py)", path.read_text(encoding="utf-8")))
 }
-LIGHT = ["template", *(f"medicalgpt.{name}" for name in ("data_files", "errors", "launch", "records"))]
+LIGHT_MODULES = ("call_rows", "data_files", "errors", "launch", "records", "rendering", "tool_formats")
+LIGHT = ["template", *(f"medicalgpt.{name}" for name in LIGHT_MODULES)]
 
 
 def module_name(path: Path) -> str:

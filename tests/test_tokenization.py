@@ -5,10 +5,11 @@ import random
 from medicalgpt.chat_template import export_template, matching_template, resolve_template
 from medicalgpt.documents import encode_texts, pack_documents
 from medicalgpt.errors import ConfigError, ModelError
+from medicalgpt.jinja_export import jinja
 from medicalgpt.plain_tokenizer import PlainTokenizer
 from medicalgpt.records import Chat, Message, Pair, RowLog, Text
 from medicalgpt.tokenization import IGNORE_INDEX, ChatEncoder, ChatFormat
-from template import TEMPLATES, jinja
+from template import TEMPLATES
 
 import pytest
 
@@ -144,7 +145,11 @@ def test_a_vocabulary_that_holds_a_control_token_as_a_piece_cannot_be_used_to_fo
     backend = Tokenizer(models.Unigram(pieces, unk_id=0))
     backend.add_special_tokens(["</s>"])
     plain = PlainTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
-    assert plain.at_start.encode("a</s>b").tokens == ["a", "</s>", "b"]  # what would happen without the guard
+    assert plain.prefixing.encode("a</s>b").tokens == [
+        "a",
+        "</s>",
+        "b",
+    ]  # what would happen without the guard
     assert plain.forbidden.isdisjoint(plain.encode(["a</s>b"])[0])
     assert plain.forbidden.isdisjoint(plain.encode(["</s>" * 3000])[0])
 
@@ -240,7 +245,15 @@ def test_a_pair_is_prompt_and_two_answers_as_two_conversations_have_them(tokeniz
         Message("assistant", "A1."),
         Message("user", "Q2?"),
     )
-    (example,), log = encode_pair(tokenizer, Pair(prompt, "Good answer.", "Bad answer here.", "a.jsonl:1"))
+    (example,), log = encode_pair(
+        tokenizer,
+        Pair(
+            prompt,
+            Message("assistant", "Good answer."),
+            Message("assistant", "Bad answer here."),
+            "a.jsonl:1",
+        ),
+    )
     assert not log.counts
     for name, answer in (("chosen", "Good answer."), ("rejected", "Bad answer here.")):
         whole, _ = encode(tokenizer, [*prompt, Message("assistant", answer)])
@@ -251,8 +264,8 @@ def test_a_pair_is_prompt_and_two_answers_as_two_conversations_have_them(tokeniz
 
 def test_both_answers_keep_the_same_history_when_one_is_long(tokenizer):
     prompt = (Message("user", "First?"), Message("assistant", "One."), Message("user", "Second?"))
-    pair = Pair(prompt, "word " * 40, "Short.", "a.jsonl:1")
-    whole = len(encode(tokenizer, [*prompt, Message("assistant", pair.chosen)])[0]["input_ids"])
+    pair = Pair(prompt, Message("assistant", "word " * 40), Message("assistant", "Short."), "a.jsonl:1")
+    whole = len(encode(tokenizer, [*prompt, pair.chosen])[0]["input_ids"])
     (example,), log = encode_pair(tokenizer, pair, max_length=whole - 3)
     assert example["prompt_ids"].tolist() == encoder(tokenizer).encode_prompt([prompt[-1]])[0]
     assert log.counts == {"oldest_turns_dropped": 1}
@@ -260,7 +273,12 @@ def test_both_answers_keep_the_same_history_when_one_is_long(tokenizer):
 
 
 def test_a_cut_answer_of_a_pair_ends_without_its_stop(tokenizer):
-    pair = Pair((Message("user", "Q?"),), "word " * 40, "Short.", "a.jsonl:1")
+    pair = Pair(
+        (Message("user", "Q?"),),
+        Message("assistant", "word " * 40),
+        Message("assistant", "Short."),
+        "a.jsonl:1",
+    )
     (example,), log = encode_pair(tokenizer, pair, max_target_length=12)
     assert len(example["chosen_ids"]) == 12
     assert tokenizer.eos_token_id not in example["chosen_ids"]
@@ -320,7 +338,7 @@ def test_without_a_template_and_without_a_name_the_choices_are_listed(tokenizer)
     with pytest.raises(ConfigError, match="no chat template; give --template_name, one of base"):
         resolve_template(tokenizer, None, recorded=None)
     tokenizer.chat_template = "{{ messages[0]['content'] }}!"
-    with pytest.raises(ConfigError, match="none of these"):
+    with pytest.raises(ConfigError, match="cannot be turned into segments"):
         resolve_template(tokenizer, None, recorded=None)
 
 
