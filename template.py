@@ -5,7 +5,7 @@
 
 This is the only place that knows role markers, separators, stop strings and default system prompts. Standard
 library only. `{content}` in a piece stands for the message, `{bos}` and `{eos}` for the tokenizer's own
-tokens, `{round}` for the number of the question. What each was checked against: docs/templates.md.
+tokens, `{round}` for the number of the question, `{environment}` for what a format says when tools are offered. What each was checked against: docs/templates.md.
 """
 
 from dataclasses import dataclass, field
@@ -240,7 +240,7 @@ TEMPLATES = {
             name="llama3",
             source="meta-llama/Meta-Llama-3-8B-Instruct tokenizer_config.json",
             prefix="{bos}",
-            system="<|start_header_id|>system<|end_header_id|>\n\n{content}<|eot_id|>",
+            system="<|start_header_id|>system<|end_header_id|>\n\n{environment}{content}<|eot_id|>",
             user="<|start_header_id|>user<|end_header_id|>\n\n{content}<|eot_id|>",
             header="<|start_header_id|>assistant<|end_header_id|>\n\n",
             stop="<|eot_id|>",
@@ -250,7 +250,7 @@ TEMPLATES = {
             stop_strings=("<|end_of_text|>", "<|eom_id|>"),
             variants=(
                 {  # Llama 3.1 to 3.3
-                    "system": "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December "
+                    "system": "<|start_header_id|>system<|end_header_id|>\n\n{environment}Cutting Knowledge Date: December "
                     "2023\nToday Date: 26 Jul 2024\n\n{content}<|eot_id|>",
                     "default_system": "",
                 },

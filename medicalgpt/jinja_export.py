@@ -73,9 +73,9 @@ class Exporter:
             "{%- set turns = messages[1:] -%}",
             f"{{%- else -%}}{{%- set system = {default} -%}}{{%- set turns = messages -%}}{{%- endif -%}}",
         ]
-        missing = "system is none"
-        form = "''" if template.system is None else self.around(template.system, "system")
-        return [*lines, f"{{%- set system = '' if {missing} else {form} -%}}"]
+        form = (template.system or "").replace("{environment}", "")
+        system = "''" if template.system is None else self.around(form, "system")
+        return [*lines, f"{{%- set system = '' if system is none else {system} -%}}"]
 
     def question(self) -> str:
         """Return the expression of a user message."""

@@ -100,32 +100,32 @@ class Renderer:
 
     def openings(self, system: str | None, tools: Sequence[dict]) -> tuple[list[Segment], ...]:
         """Return what opens a conversation, and stands inside the first, in and before the last question."""
+        template, gap = self.template, [Segment("\n\n", True, False)]
         parts: dict[str, list[Segment]] = {"first_user": [], "last_user": [], "before_last_user": []}
-        opening = self.pieces(self.template.prefix)
-        if system is None and self.template.no_system is not None:
-            opening = self.pieces(self.template.no_system)
-        content = [] if system is None else [Segment(system, False, False)]
+        without = system is None and template.no_system is not None
+        opening = self.pieces(template.no_system if without else template.prefix)
+        content = None if system is None or template.system is None else [Segment(system, False, False)]
         if tools:
-            offer = self.tools.offer(tools)
-            if self.tools.place == "system":
-                content += [Segment("\n\n", True, False)] * bool(system) + offer
-            elif self.tools.place == "own_system":
-                opening += self.pieces(self.template.system, offer)
+            offer, place = self.tools.offer(tools), self.tools.place
+            if place == "own_system" and template.system and template.system_in == "own":
+                opening += self.system_turn(offer, tools)
+            elif place in parts:
+                parts[place] += offer
+            elif template.system is None:
+                parts["first_user"] += offer + gap
+            elif place == "before_system":
+                content = offer + (gap + content if system else [])
             else:
-                parts[self.tools.place] += offer
-                content = [Segment(self.tools.system_prefix, True, False)] * bool(
-                    self.tools.system_prefix
-                ) + content
-        shown = system is not None or (tools and content)
-        if shown and self.template.system is None:
-            parts["first_user"][:0] = [s for s in content if not (s.text == system and not s.is_marker)]
-        elif shown:
-            part = self.pieces(self.template.system, content)
-            if self.template.system_in == "own":
-                opening += part
-            else:
-                parts[self.template.system_in][:0] = part
+                content = (content + gap if system else []) + offer
+        if content is not None:
+            target = opening if template.system_in == "own" else parts[template.system_in]
+            target += self.system_turn(content, tools)
         return opening, parts["first_user"], parts["last_user"], parts["before_last_user"]
+
+    def system_turn(self, content: list[Segment], tools: Sequence[dict]) -> list[Segment]:
+        """Return a system prompt with what stands around it."""
+        environment = self.tools.environment if tools else ""
+        return self.pieces(self.template.system.replace("{environment}", environment), content)
 
     def question(self, message: Message, inside: list[Segment], number: int, total: int) -> list[Segment]:
         """Return the segments of a user message, with what the format puts inside it."""

@@ -26,13 +26,13 @@ class ToolFormat:
     """One way to use tools.
 
     Attributes:
-        place: where the offer stands: in the "system" prompt, a system turn of its own ("own_system"), inside
-            the "first_user" message, or "before_last_user".
+        place: where the offer stands: behind the "system" prompt or "before_system", in a system turn of its
+            own ("own_system"), inside the "first_user" message, or "before_last_user".
         offer: tools → what the model is told of them.
         calls: (message, its text, template) → the answer's segments, trained.
         result: observation → its segments.
         parse: text → the calls in it.
-        system_prefix: begins the system prompt when tools are offered.
+        environment: what a system prompt says besides when tools are offered.
     """
 
     place: str
@@ -40,7 +40,7 @@ class ToolFormat:
     calls: Callable[[Message, str, Template], Segments]
     result: Callable[[Message], Segments]
     parse: Callable[[str], list[ToolCall]]
-    system_prefix: str = ""
+    environment: str = ""
 
 
 def said(text: str, *, marker: bool = False) -> Segment:
@@ -254,7 +254,7 @@ def glm4_list(tools: Sequence[dict]) -> Segments:
     segments = [given("# 可用工具", marker=True)]
     for tool in tools:
         function = function_of(tool)
-        segments.append(given(f"\n\n## {function['name']}\n\n{dump(function, indent=4)}"))
+        segments.append(given(f"\n## {function['name']}\n\n{dump(function, indent=4)}"))
         segments.append(given("\n在调用上述函数时，请使用 Json 格式表示调用的参数。", marker=True))
     return segments
 
@@ -391,11 +391,10 @@ def mistral_format(gap: str) -> ToolFormat:
     return ToolFormat("before_last_user", *parts, mistral_parse)
 
 
-QWEN_PARTS = {"place": "system", "result": tagged_result}
 TOOL_FORMATS = {
     "default": ToolFormat("system", default_offer, default_calls, default_result, default_parse),
-    "qwen": ToolFormat(offer=qwen_offer, calls=qwen_calls, parse=qwen_parse, **QWEN_PARTS),
-    "qwen3_5": ToolFormat(offer=qwen3_5_offer, calls=qwen3_5_calls, parse=qwen3_5_parse, **QWEN_PARTS),
+    "qwen": ToolFormat("system", qwen_offer, qwen_calls, tagged_result, qwen_parse),
+    "qwen3_5": ToolFormat("before_system", qwen3_5_offer, qwen3_5_calls, tagged_result, qwen3_5_parse),
     "glm4": ToolFormat("own_system", glm4_offer, glm4_calls, plain_result, glm4_parse),
     "glm4_0414": ToolFormat("own_system", glm4_0414_offer, glm4_0414_calls, plain_result, glm4_parse),
     "llama3": ToolFormat(
