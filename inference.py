@@ -26,7 +26,7 @@ from medicalgpt.chat_template import resolve_template
 from medicalgpt.checkpoint import PARTIAL
 from medicalgpt.data_files import read_rows
 from medicalgpt.errors import ConfigError, DataError, run_script
-from medicalgpt.flags import parse_arguments, require, require_positive
+from medicalgpt.flags import parse_arguments, require, require_positive, require_tool_format
 from medicalgpt.generation import Answer, Generator, generation_settings
 from medicalgpt.model_files import load_config, load_tokenizer, resolve_model_dir
 from medicalgpt.modeling import (
@@ -38,8 +38,9 @@ from medicalgpt.modeling import (
     quantization_config,
 )
 from medicalgpt.records import Message, require_text
-from medicalgpt.run_record import check_base, recorded_template
+from medicalgpt.run_record import check_base, recorded_template, recorded_tool_format
 from medicalgpt.tokenization import ChatEncoder, ChatFormat
+from medicalgpt.tool_formats import CHOICES
 
 import torch
 from tqdm import tqdm
@@ -61,6 +62,10 @@ class InferenceArguments:
     template_name: str | None = field(
         default=None,
         metadata={"help": "chat format (see template.py); default: the one the model was trained in"},
+    )
+    tool_format: str | None = field(
+        default=None,
+        metadata={"help": f"how tools are called: {', '.join(CHOICES)}; default: as the model was trained"},
     )
     force_template: bool = field(
         default=False, metadata={"help": "use --template_name whatever the model says"}
@@ -91,6 +96,7 @@ class InferenceArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
 
     def __post_init__(self):
+        require_tool_format(self.tool_format)
         require_positive(self, "batch_size", "max_length", "max_new_tokens", "top_k")
         require(
             self.torch_dtype in ("auto", *DTYPES),
@@ -165,7 +171,8 @@ def load(args: InferenceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizer
         model = model.cuda()
     limits = [limit for limit in (args.max_length, context_length(config)) if limit]
     context = min(limits, default=DEFAULT_CONTEXT)
-    return model, tokenizer, ChatFormat.of(template, tokenizer), context
+    tool_format = args.tool_format or recorded_tool_format(lora_dir or base_dir)
+    return model, tokenizer, ChatFormat.of(template, tokenizer, tool_format), context
 
 
 # ---- chat --------------------------------------------------------------------------------------------------

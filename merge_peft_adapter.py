@@ -17,7 +17,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from medicalgpt.chat_template import export_template
+from medicalgpt.chat_template import export_template, known_template
 from medicalgpt.checkpoint import fingerprint, staged, why_not_whole
 from medicalgpt.errors import ModelError, RunError, run_script
 from medicalgpt.flags import parse_arguments, require
@@ -26,7 +26,6 @@ from medicalgpt.model_files import adapter_settings, load_config, load_tokenizer
 from medicalgpt.modeling import config_as_trained, load_adapter, load_model
 from medicalgpt.run_record import RunRecord, check_base, read_run, recorded_template, versions
 from medicalgpt.tokenization import ChatFormat
-from template import TEMPLATES
 
 import torch
 import torch.nn.functional as F
@@ -166,7 +165,7 @@ def tokenizer_of(args: MergeArguments, base_dir: Path, lora_dir: Path) -> PreTra
     tokenizer = load_tokenizer(path, trust_remote_code=args.trust_remote_code)
     if (lora_dir / "tokenizer_config.json").is_file():
         tokenizer.chat_template = load_tokenizer(lora_dir).chat_template or tokenizer.chat_template
-    elif template := TEMPLATES.get(recorded_template(lora_dir)):  # a checkpoint carries no tokenizer
+    elif template := known_template(tokenizer, recorded_template(lora_dir)):  # a checkpoint has no tokenizer
         export_template(tokenizer, ChatFormat.of(template, tokenizer))
     return tokenizer
 
@@ -176,7 +175,7 @@ def set_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, templa
     sampled = model.generation_config.temperature, model.generation_config.top_p
     if any(value not in (None, 1.0) for value in sampled):
         model.generation_config.do_sample = True  # some models ship settings of sampling without the switch
-    template = TEMPLATES.get(template_name)
+    template = known_template(tokenizer, template_name)
     if template is not None:
         model.generation_config.eos_token_id = ChatFormat.of(template, tokenizer).stop_ids(tokenizer)
     if tokenizer.pad_token_id is not None:

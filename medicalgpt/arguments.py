@@ -10,8 +10,9 @@ from typing import Any
 
 from medicalgpt.attention import flash_kernel_runs_on
 from medicalgpt.errors import ConfigError
-from medicalgpt.flags import parse_arguments, require, require_positive
+from medicalgpt.flags import parse_arguments, require, require_positive, require_tool_format
 from medicalgpt.launch import DEFAULT_ACCUMULATION
+from medicalgpt.tool_formats import CHOICES
 
 import torch
 from transformers import TrainingArguments
@@ -179,6 +180,10 @@ class ChatArguments:
         default=False,
         metadata={"help": "use --template_name even if the model's own chat template says otherwise"},
     )
+    tool_format: str | None = field(
+        default=None,
+        metadata={"help": f"how tools are called: {', '.join(CHOICES)}; default: the template's way"},
+    )
     model_max_length: int = field(default=2048, metadata={"help": "limit of a conversation, in tokens"})
     max_source_length: int | None = field(
         default=None,
@@ -190,6 +195,7 @@ class ChatArguments:
 
     def __post_init__(self):
         require_positive(self, "max_source_length", "max_target_length")
+        require_tool_format(self.tool_format)
         require(
             self.model_max_length >= 8,
             f"--model_max_length {self.model_max_length} is not allowed; expected 8 or more",

@@ -8,7 +8,7 @@ from medicalgpt.arguments import StageFlags
 from medicalgpt.chat_template import export_template, resolve_template
 from medicalgpt.checkpoint import fingerprint
 from medicalgpt.model_files import adapter_settings, load_config, load_tokenizer, resolve_model_dir
-from medicalgpt.run_record import check_base, config_fingerprint, recorded_template
+from medicalgpt.run_record import check_base, config_fingerprint, recorded_template, recorded_tool_format
 from medicalgpt.tokenization import ChatFormat
 
 from transformers import PreTrainedTokenizerBase
@@ -78,4 +78,5 @@ def open_base(flags: StageFlags) -> Base:
         recorded=recorded_template(directory),
         force=flags.chat.force_template,
     )
-    return Base(directory, tokenizer, ChatFormat.of(template, tokenizer))
+    tool_format = flags.chat.tool_format or recorded_tool_format(directory)
+    return Base(directory, tokenizer, ChatFormat.of(template, tokenizer, tool_format))

@@ -7,11 +7,16 @@ from medicalgpt.errors import ConfigError, ModelError
 from medicalgpt.jinja_export import jinja
 from medicalgpt.template_probe import Difference, Render, Unreadable, compare, read_template
 from medicalgpt.tokenization import ChatFormat
+from medicalgpt.tool_formats import TOOL_FORMATS
 from template import TEMPLATES, Message, Template, get_template
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+PROBE_TOOL = {
+    "type": "function",
+    "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
+}
 OWN = "own"  # the name of a format that is read off a model's own chat template
 
 
@@ -56,7 +61,20 @@ def difference(tokenizer: PreTrainedTokenizerBase, template: Template) -> Differ
 def as_the_model_has_it(tokenizer: PreTrainedTokenizerBase, template: Template) -> Template | None:
     """Return the template as the model's own chat template has it, or None if formats differ."""
     variants = (template, *(replace(template, **values) for values in template.variants))
-    return next((variant for variant in variants if difference(tokenizer, variant) is None), None)
+    alike = [variant for variant in variants if difference(tokenizer, variant) is None]
+    return next((variant for variant in alike if offers_alike(tokenizer, variant)), (*alike, None)[0])
+
+
+def offers_alike(tokenizer: PreTrainedTokenizerBase, template: Template) -> bool:
+    """Return whether the tokenizer's own chat template offers tools as this template does."""
+    question = [Message("user", "a")]
+    chat_format = ChatFormat.of(template, tokenizer)
+    try:
+        own = OwnRender(tokenizer, template.options | {"tools": [PROBE_TOOL]})(question, True)
+    except ValueError:
+        return False
+    turns = chat_format.render(question, [PROBE_TOOL])
+    return own == "".join(segment.text for turn in turns for segment in turn)
 
 
 def read_own_template(tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -66,12 +84,14 @@ def read_own_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         ConfigError: it cannot be read off, with the reason.
     """
     try:
-        return read_template(
+        template = read_template(
             render_of(tokenizer),
             sorted(tokenizer.get_added_vocab()),
             bos=tokenizer.bos_token or "",
             eos=tokenizer.eos_token or "",
         )
+        ways = (replace(template, tool_format=name) for name in TOOL_FORMATS)
+        return next((way for way in ways if offers_alike(tokenizer, way)), template)
     except Unreadable as error:
         raise ConfigError(
             f"{tokenizer.name_or_path}: its own chat template cannot be turned into segments: {error}; give "
@@ -129,6 +149,11 @@ def resolve_template(
             "use --force_template True to override"
         )
     return found
+
+
+def known_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> Template | None:
+    """Return the template that a run recorded, or None where it recorded none."""
+    return read_own_template(tokenizer) if name == OWN else TEMPLATES.get(name)
 
 
 def export_template(tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from medicalgpt.errors import ConfigError, require_packages
+from medicalgpt.tool_formats import CHOICES
 
 require_packages("torch", "transformers", "peft", "bitsandbytes", "datasets")
 
@@ -16,6 +17,14 @@ def require(condition: bool, message: str) -> None:
     """Refuse a flag's value."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_tool_format(name: str | None) -> None:
+    """Refuse a --tool_format that is none."""
+    require(
+        name is None or name in CHOICES,
+        f"--tool_format {name} is not known; choose from {', '.join(CHOICES)}",
+    )
 
 
 def require_positive(arguments: Any, *names: str) -> None:

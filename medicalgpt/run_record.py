@@ -236,6 +236,11 @@ def recorded_template(directory: Path) -> str | None:
     return (read_run(directory) or {}).get("template")
 
 
+def recorded_tool_format(directory: Path) -> str | None:
+    """Return the --tool_format that a model or adapter was trained with, None for the template's own way."""
+    return ((read_run(directory) or {}).get("arguments") or {}).get("tool_format")
+
+
 def config_fingerprint(directory: Path) -> str:
     """Return a fingerprint of what a model's config.json says about its architecture."""
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

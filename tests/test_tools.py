@@ -17,11 +17,18 @@ DOSE = {
     "type": "function",
     "function": {
         "name": "dose",
-        "description": "按体重算剂量 \"mg\"",
+        "description": '按体重算剂量 "mg"',
         "parameters": {"type": "object", "properties": {"kg": {"type": "number"}}, "required": ["kg"]},
     },
 }
-VISIT = {"type": "function", "function": {"name": "book_visit", "description": "Book.", "parameters": {"type": "object", "properties": {}}}}
+VISIT = {
+    "type": "function",
+    "function": {
+        "name": "book_visit",
+        "description": "Book.",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
 TOOLS = [DOSE, VISIT]
 FIRST = {"name": "dose", "arguments": {"kg": 12.5, "drug": "布洛芬", "list": [1, 2]}}
 SECOND = {"name": "book_visit", "arguments": {}}
@@ -44,7 +51,9 @@ def talk(*calls: dict, content: str = "", answer: str | None = None, system: str
 
 
 def ours(name: str, messages: list[dict], variant: int | None = None) -> str:
-    template = TEMPLATES[name] if variant is None else replace(TEMPLATES[name], **TEMPLATES[name].variants[variant])
+    template = (
+        TEMPLATES[name] if variant is None else replace(TEMPLATES[name], **TEMPLATES[name].variants[variant])
+    )
     is_prompt = messages[-1]["role"] != "assistant"
     answered = [*messages, {"role": "assistant", "content": "x"}] if is_prompt else messages
     row = parse_chat({"messages": answered}, "f:1", RowLog())
@@ -141,7 +150,18 @@ def test_parse_tool_call_gives_back_what_was_rendered(tool_format):
             ]
 
 
-@pytest.mark.parametrize("text", ["", "Take 5 mg.", "{}", '{"name": "x"}', "Action: rest\nand drink", "<tool_call>no</tool_call>", "[1, 2]"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Take 5 mg.",
+        "{}",
+        '{"name": "x"}',
+        "Action: rest\nand drink",
+        "<tool_call>no</tool_call>",
+        "[1, 2]",
+    ],
+)
 def test_an_answer_without_a_call_has_none(text):
     assert parse_tool_call(text) == []
 
