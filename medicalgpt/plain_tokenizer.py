@@ -17,7 +17,9 @@ class PlainTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        added = [token for token in spec["added_tokens"] if token["special"] or token["content"].strip()]
+        added = [
+            token for token in spec["added_tokens"] if token["special"] or token["content"].strip("▁ \n\t\r")
+        ]
         self.text_tokens = [token for token in spec["added_tokens"] if token not in added]
         self.control_ids: dict[str, int] = {token["content"]: token["id"] for token in added}
         self.eats_left = frozenset(token["content"] for token in added if token["lstrip"])

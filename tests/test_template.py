@@ -44,14 +44,22 @@ PROBES = [[Message(*item) for item in system + body] for system in SYSTEMS for b
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "templates.json").read_text(encoding="utf-8"))
 
 
-def official(source: str, probe: list[Message], bos: str = "<B>", eos: str = "<E>", **options) -> str | None:
+def official(
+    source: str,
+    probe: list[Message],
+    bos: str = "<B>",
+    eos: str = "<E>",
+    *,
+    prompt: bool | None = None,
+    **options,
+) -> str | None:
     """Render with a model's own chat template; None where it refuses."""
     talk = [{"role": message.role, "content": message.content} for message in probe]
     try:
         texts, _ = render_jinja_template(
             [talk],
             chat_template=source,
-            add_generation_prompt=probe[-1].role == "user",
+            add_generation_prompt=probe[-1].role == "user" if prompt is None else prompt,
             bos_token=bos,
             eos_token=eos,
             **options,
