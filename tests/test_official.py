@@ -98,9 +98,7 @@ def is_listed_difference(name: str, model: str, probe: list[Message]) -> bool:
     if model == "glm4-chat":  # leaves empty messages out
         return any(message.content == "" for message in probe)
     if name == "mistral" and "0.1" not in model:  # drops the system prompt of a finished conversation
-        return (probe[0].role == "system" and probe[-1].role == "assistant") or (
-            len(probe) > 3 and probe[0].role == "system"
-        )
+        return probe[0].role == "system" and probe[-1].role == "assistant"
     return "nothink" in name and any("<think>" in message.content for message in probe)
 
 
