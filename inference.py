@@ -1,33 +1,39 @@
 """Talk to a model: a streaming chat, or answers to a file of prompts.
 
-Reads   --base_model (a merged model, or any other), optionally --lora_model on top; --data_file with lines
-        {"prompt": …}
+Reads   --base_model (a merged model, or any other), optionally --lora_model on top and --compare; --data_file
+        with lines {"prompt": …}, conversations, or plain text
 Writes  the terminal, or --output_file: the input's fields plus response, finish_reason, num_prompt_tokens,
         num_response_tokens, in input order
 
     python inference.py --base_model ./final-medgpt-dpo --interactive
     python inference.py --base_model ./final-medgpt-dpo --data_file q.jsonl --output_file a.jsonl
+    torchrun --nproc_per_node 2 inference.py --base_model … --data_file q.jsonl --output_file a.jsonl
 
 The chat format is the one the model was trained in; one that contradicts it is refused.
 """
 
-import json
 import logging
 import os
-import readline  # noqa: F401  (line editing and history of input())
-import signal
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from medicalgpt.answer_file import (
+    FileAnswerer,
+    OutputFile,
+    Prompt,
+    Ranks,
+    Speaker,
+    fingerprint_of_file,
+    read_prompts,
+)
 from medicalgpt.arguments import cpu_has_fast_bfloat16
+from medicalgpt.chat_session import Ended, Refused, Session, check_params
 from medicalgpt.chat_template import resolve_template
-from medicalgpt.checkpoint import PARTIAL
-from medicalgpt.data_files import read_rows
-from medicalgpt.errors import ConfigError, DataError, run_script
+from medicalgpt.checkpoint import fingerprint
+from medicalgpt.errors import run_script
 from medicalgpt.flags import parse_arguments, require, require_positive, require_tool_format
-from medicalgpt.generation import Answer, Generator, generation_settings
+from medicalgpt.generation import Generator, generation_settings
 from medicalgpt.model_files import load_config, load_tokenizer, resolve_model_dir
 from medicalgpt.modeling import (
     DTYPES,
@@ -37,19 +43,29 @@ from medicalgpt.modeling import (
     load_model,
     quantization_config,
 )
-from medicalgpt.records import Message, require_text
-from medicalgpt.run_record import check_base, recorded_template, recorded_tool_format
+from medicalgpt.run_record import check_base, recorded_template, recorded_tool_format, versions
+from medicalgpt.terminal import AnswerInterrupt, Screen, is_rich, lines
 from medicalgpt.tokenization import ChatEncoder, ChatFormat
 from medicalgpt.tool_formats import CHOICES
 
 import torch
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("medicalgpt")
 
 DEFAULT_CONTEXT = 4096  # tokens, for models that set no limit
-WINDOW = 8  # batches that are sorted by length together
+SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
+# What the answers do not depend on.
+NEUTRAL_FLAGS = {
+    "output_file",
+    "overwrite",
+    "data_file",
+    "cache_dir",
+    "interactive",
+    "base_model",
+    "lora_model",
+    "compare",
+}
 
 
 @dataclass
@@ -76,7 +92,10 @@ class InferenceArguments:
     interactive: bool = field(
         default=False, metadata={"help": "chat; what happens anyway without --data_file"}
     )
-    data_file: str | None = field(default=None, metadata={"help": 'lines {"prompt": "…"[, "system": "…"]}'})
+    data_file: str | None = field(
+        default=None,
+        metadata={"help": '.jsonl or .json of {"prompt": "…"} or conversations, or .txt, a prompt a line'},
+    )
     output_file: str | None = field(
         default=None, metadata={"help": "where the answers go, one JSON line each"}
     )
@@ -89,6 +108,10 @@ class InferenceArguments:
     top_p: float | None = field(default=None, metadata={"help": "share of probability that is sampled from"})
     top_k: int | None = field(default=None, metadata={"help": "number of tokens that are sampled from"})
     repetition_penalty: float | None = field(default=None, metadata={"help": "above 1: says things once"})
+    num_return_sequences: int = field(default=1, metadata={"help": "answers per prompt of --data_file"})
+    compare: str | None = field(
+        default=None, metadata={"help": "model or adapter directory that answers every question as well"}
+    )
     seed: int = field(default=42, metadata={"help": "of the sampling"})
     torch_dtype: str = field(default="auto", metadata={"help": "auto, bfloat16, float16 or float32"})
     load_in_4bit: bool = field(default=False, metadata={"help": "nf4 weights"})
@@ -97,22 +120,17 @@ class InferenceArguments:
 
     def __post_init__(self):
         require_tool_format(self.tool_format)
-        require_positive(self, "batch_size", "max_length", "max_new_tokens", "top_k")
+        require_positive(self, "batch_size", "max_length", "num_return_sequences")
+        check_params({name: getattr(self, name) for name in SAMPLING})
         require(
             self.torch_dtype in ("auto", *DTYPES),
             f"--torch_dtype {self.torch_dtype} is not allowed; expected auto, {', '.join(DTYPES)}",
         )
+        greedy = self.do_sample is False or self.temperature == 0
         require(
-            self.temperature is None or self.temperature >= 0,
-            f"--temperature {self.temperature} is not allowed; expected 0 (greedy) or more",
-        )
-        require(
-            self.top_p is None or 0 < self.top_p <= 1,
-            f"--top_p {self.top_p} is not allowed; expected more than 0, at most 1",
-        )
-        require(
-            self.repetition_penalty is None or self.repetition_penalty > 0,
-            f"--repetition_penalty {self.repetition_penalty} is not allowed; expected more than 0 (1: none)",
+            self.num_return_sequences == 1 or (self.data_file and not greedy),
+            f"--num_return_sequences {self.num_return_sequences} needs --data_file and sampling; greedy "
+            "answers are all the same",
         )
         require(not (self.interactive and self.data_file), "--interactive and --data_file exclude each other")
         require(
@@ -136,12 +154,55 @@ def compute_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float16 if torch.cuda.is_available() else torch.float32
 
 
-def load(args: InferenceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ChatFormat, int]:
+def is_adapter(path: str | None) -> bool:
+    """True when a directory holds an adapter."""
+    return path is not None and (Path(path) / "adapter_config.json").is_file()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model stands.
+
+    Attributes:
+        lora_dir: the adapter on top, or None.
+    """
+
+    base_dir: Path
+    lora_dir: Path | None
+
+    @property
+    def fingerprints(self) -> str:
+        """What tells this model from any other."""
+        return f"{fingerprint(self.base_dir)}+{fingerprint(self.lora_dir) if self.lora_dir else 'none'}"
+
+
+def find(args: InferenceArguments, base: str, lora: str | None) -> Place:
+    """Return where a model and its adapter stand, checked against each other."""
+    base_dir = resolve_model_dir(base, "--base_model", args.cache_dir, remote_code=args.trust_remote_code)
+    lora_dir = resolve_model_dir(lora, "--lora_model", args.cache_dir) if lora else None
+    if lora_dir and not check_base(lora_dir, base_dir):
+        logger.warning(
+            "warning: %s has no run.json, so only its shapes are checked against the base", lora_dir
+        )
+    return Place(base_dir, lora_dir)
+
+
+def places(args: InferenceArguments) -> list[Place]:
+    """Return the models that answer: one, or two with --compare."""
+    found = [find(args, args.base_model, args.lora_model)]
+    if args.compare:
+        adapter = is_adapter(args.compare)
+        found.append(
+            find(args, args.base_model if adapter else args.compare, args.compare if adapter else None)
+        )
+    return found
+
+
+def load(
+    args: InferenceArguments, place: Place
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ChatFormat, int]:
     """Return model, tokenizer, chat format and context length."""
-    base_dir = resolve_model_dir(
-        args.base_model, "--base_model", args.cache_dir, remote_code=args.trust_remote_code
-    )
-    lora_dir = resolve_model_dir(args.lora_model, "--lora_model", args.cache_dir) if args.lora_model else None
+    base_dir, lora_dir = place.base_dir, place.lora_dir
     tokenizer_dir = resolve_model_dir(
         args.tokenizer_path or str(base_dir), "--tokenizer_path", args.cache_dir
     )
@@ -149,12 +210,10 @@ def load(args: InferenceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if lora_dir:
         config = config_as_trained(config, lora_dir)
     tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=args.trust_remote_code)
-    if lora_dir and not check_base(lora_dir, base_dir):
-        logger.warning(
-            "warning: %s has no run.json, so only its shapes are checked against the base", lora_dir
-        )
     recorded = (recorded_template(lora_dir) if lora_dir else None) or recorded_template(base_dir)
     template = resolve_template(tokenizer, args.template_name, recorded=recorded, force=args.force_template)
+    tool_format = args.tool_format or recorded_tool_format(lora_dir or base_dir)
+    chat_format = ChatFormat.of(template, tokenizer, tool_format)
     dtype = compute_dtype(args.torch_dtype)
     model = load_model(
         base_dir,
@@ -170,153 +229,83 @@ def load(args: InferenceArguments) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if torch.cuda.is_available() and not args.load_in_4bit:
         model = model.cuda()
     limits = [limit for limit in (args.max_length, context_length(config)) if limit]
-    context = min(limits, default=DEFAULT_CONTEXT)
-    tool_format = args.tool_format or recorded_tool_format(lora_dir or base_dir)
-    return model, tokenizer, ChatFormat.of(template, tokenizer, tool_format), context
+    return model, tokenizer, chat_format, min(limits, default=DEFAULT_CONTEXT)
+
+
+def speaker(args: InferenceArguments, place: Place, suffix: str) -> Speaker:
+    """Load a model and make it answer."""
+    model, tokenizer, chat_format, context = load(args, place)
+    room = context - args.max_new_tokens
+    require(
+        room >= 8,
+        f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in a context of {context} "
+        "tokens; lower it",
+    )
+    settings = generation_settings(model, {name: getattr(args, name) for name in SAMPLING})
+    logger.info(
+        "model=%s template=%s %s",
+        place.lora_dir or place.base_dir,
+        chat_format.template.name,
+        " ".join(f"{name}={value}" for name, value in sorted(settings.items())),
+    )
+    if not chat_format.protects_roles(tokenizer):
+        logger.info(
+            "template %s marks roles with plain text: a message can pretend to be another's",
+            chat_format.template.name,
+        )
+    generator = Generator(model, tokenizer, chat_format, settings)
+    return Speaker(generator, ChatEncoder(tokenizer, chat_format, max_length=room), suffix)
 
 
 # ---- chat --------------------------------------------------------------------------------------------------
 
 
-class AnswerInterrupt:
-    """Ctrl-C ends an answer while one is being written, and the program otherwise."""
-
-    def __init__(self):
-        self.answering = False
-        self.asked = False
-        signal.signal(signal.SIGINT, self.receive)
-
-    def receive(self, *_) -> None:
-        """Note the signal, or end the program."""
-        if not self.answering:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-def questions() -> Iterator[str]:
-    """Yield the lines that a person types or a pipe brings, until its end. Ctrl-C drops a line."""
-    while True:
-        try:
-            line = input("\nQuestion: ") if sys.stdin.isatty() else next(sys.stdin).rstrip("\n")
-        except (EOFError, StopIteration):
-            write_now("\n" if sys.stdin.isatty() else "")
-            return
-        except KeyboardInterrupt:
-            write_now("\n")
-            continue
-        if line.strip():
-            yield line
-
-
-def write_now(text: str) -> None:
-    """Write a piece of an answer without waiting for the line's end."""
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def chat(generator: Generator, encoder: ChatEncoder, system_prompt: str | None) -> None:
-    """Answer question after question, with history; what outgrows the context loses its oldest turns."""
-    system = [Message("system", system_prompt)] if system_prompt is not None else []
-    history: list[Message] = []
+def chat(args: InferenceArguments, speakers: list[Speaker], names: list[str]) -> None:
+    """Answer question after question, with history; carry out commands between them."""
     interrupt = AnswerInterrupt()
+    talks = []
+    for one in speakers:
+        opens = one.generator.template.prompt_thought == "open"
+        screen = Screen(dims=is_rich() and "NO_COLOR" not in os.environ, opens=opens)
+        session = Session(
+            one.generator,
+            one.encoder,
+            write=screen.write,
+            notice=logger.info,
+            interrupted=interrupt.is_asked,
+            system=args.system_prompt,
+        )
+        talks.append((session, screen))
     if sys.stdin.isatty():
-        logger.info("Type a question. Ctrl-C ends an answer, Ctrl-D the program.")
-    for question in questions():
-        history.append(Message("user", question))
-        ids, dropped = encoder.encode_prompt([*system, *history])
-        if ids is None:
-            logger.warning(
-                "warning: the question is longer than the context leaves room for; ask a shorter one"
-            )
-            history.pop()
-            continue
-        if dropped:
-            logger.info("(the oldest %d questions no longer fit and are forgotten)", dropped)
-            history = history[2 * dropped :]
+        logger.info("Type a question, or /help. Ctrl-C ends an answer, Ctrl-D the program.")
+    for line in lines():
         interrupt.answering, interrupt.asked = True, False
-        (answer,) = generator.answer([ids], write=write_now, interrupted=lambda: interrupt.asked)
-        interrupt.answering = False
-        write_now("\n")
-        if answer.finish_reason != "stop":
-            logger.info(
-                "(%s)",
-                {"length": "cut at --max_new_tokens", "interrupted": "interrupted"}[answer.finish_reason],
-            )
-        history.append(Message("assistant", answer.text))
+        try:
+            for (session, screen), name in zip(talks, names, strict=True):
+                if len(talks) > 1:
+                    screen.out(f"[{name}]\n")
+                say(session, screen, line)
+        except Ended:
+            return
+        finally:
+            interrupt.answering = False
+
+
+def say(session: Session, screen: Screen, line: str) -> None:
+    """Put a line to one model."""
+    screen.begin()
+    try:
+        if line.startswith("/") and not line.startswith("//"):
+            session.command(line)
+        else:
+            session.ask(line.removeprefix("/") if line.startswith("//") else line)
+    except Refused as error:
+        logger.warning("warning: %s", error)
+    finally:
+        screen.end()
 
 
 # ---- a file of prompts -------------------------------------------------------------------------------------
-
-
-def read_prompts(path: str) -> list[tuple[dict, list[Message]]]:
-    """Return (row, messages) of every line of --data_file.
-
-    Raises:
-        ConfigError: no such file. DataError: a row without prompt.
-    """
-    if not Path(path).is_file():
-        raise ConfigError(f'--data_file {path} does not exist; expected a file of {{"prompt": …}} lines')
-    prompts = []
-    for row, origin in read_rows(Path(path)):
-        messages = [Message("user", require_text(row, "prompt", origin))]
-        if row.get("system") is not None:
-            messages.insert(0, Message("system", require_text(row, "system", origin, may_be_empty=True)))
-        prompts.append((row, messages))
-    if not prompts:
-        raise DataError(f"--data_file {path} holds no prompt")
-    return prompts
-
-
-def answer_file(
-    args: InferenceArguments,
-    prompts: list[tuple[dict, list[Message]]],
-    generator: Generator,
-    encoder: ChatEncoder,
-) -> None:
-    """Answer all prompts, window by window: sorted by length inside a window, written in input order."""
-    system = [Message("system", args.system_prompt)] if args.system_prompt is not None else []
-    size = WINDOW * args.batch_size
-    unfinished = Path(args.output_file + PARTIAL)
-    with (
-        open(unfinished, "w", encoding="utf-8") as file,
-        tqdm(total=len(prompts), unit="prompt", file=sys.stderr, desc="answering") as bar,
-    ):
-        for begin in range(0, len(prompts), size):
-            window = prompts[begin : begin + size]
-            encoded = [
-                encoder.encode_prompt(messages if messages[0].role == "system" else [*system, *messages])[0]
-                for _, messages in window
-            ]
-            answers: list[Answer | None] = [None] * len(window)
-            order = sorted((i for i, ids in enumerate(encoded) if ids), key=lambda i: len(encoded[i]))
-            for start in range(0, len(order), args.batch_size):
-                chosen = order[start : start + args.batch_size]
-                for i, answer in zip(chosen, generator.answer([encoded[i] for i in chosen]), strict=True):
-                    answers[i] = answer
-                bar.update(len(chosen))
-            for (row, _), answer in zip(window, answers, strict=True):
-                file.write(
-                    json.dumps(row | answer_fields(answer, encoder.max_length), ensure_ascii=False) + "\n"
-                )
-            file.flush()
-            bar.update(len(window) - len(order))  # prompts that do not fit
-    os.replace(unfinished, args.output_file)
-
-
-def answer_fields(answer: Answer | None, limit: int) -> dict:
-    """Return what an answer adds to its row."""
-    if answer is None:
-        return {
-            "response": None,
-            "finish_reason": "error",
-            "error": f"the prompt is longer than {limit} tokens",
-        }
-    return {
-        "response": answer.text,
-        "finish_reason": answer.finish_reason,
-        "num_prompt_tokens": answer.num_prompt_tokens,
-        "num_response_tokens": answer.num_response_tokens,
-    }
 
 
 def check_output(args: InferenceArguments) -> None:
@@ -337,44 +326,60 @@ def check_output(args: InferenceArguments) -> None:
     )
 
 
+def output_of(args: InferenceArguments, models: list[Place]) -> OutputFile:
+    """Return the output file with what its answers depend on."""
+    flags = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in NEUTRAL_FLAGS}
+    identity = {"input": fingerprint_of_file(Path(args.data_file))} | {f"--{k}": v for k, v in flags.items()}
+    identity |= {f"model {number}": place.fingerprints for number, place in enumerate(models, 1)}
+    return OutputFile(Path(args.output_file), identity | versions())
+
+
+def join_ranks() -> Ranks:
+    """Return this process's place among those that torchrun started."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        return Ranks()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("gloo")
+    return Ranks(torch.distributed.get_rank(), world_size)
+
+
+def answer_file(args: InferenceArguments, prompts: list[Prompt], models: list[Place]) -> None:
+    """Answer all prompts, from where an earlier run was stopped."""
+    ranks = join_ranks()
+    output = output_of(args, models)
+    done = [output.begin(args.overwrite) if ranks.rank == 0 else 0]
+    if ranks.world_size > 1:
+        torch.distributed.broadcast_object_list(done)
+    if done[0]:
+        logger.info("continuing behind %d answers", done[0])
+    speakers = [speaker(args, place, "_compare" * number) for number, place in enumerate(models)]
+    answerer = FileAnswerer(speakers, args.batch_size, args.num_return_sequences, args.seed, ranks)
+    answerer.answer_file(prompts, output if ranks.rank == 0 else None, done[0])
+    if ranks.rank == 0:
+        output.finish()
+        logger.info("complete: %s (%d answers)", args.output_file, len(prompts))
+    if ranks.world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
 def main(argv: list[str]) -> None:
     """Chat, or answer a file."""
     # 1. Flags and prompts
     (args,) = parse_arguments(argv, (InferenceArguments,), __doc__, {})
     if args.output_file:
         check_output(args)
-    prompts = read_prompts(args.data_file) if args.data_file else None
+    prompts = read_prompts(Path(args.data_file), args.system_prompt) if args.data_file else None
+    models = places(args)
 
-    # 2. Model
-    model, tokenizer, chat_format, context = load(args)
-    room = context - args.max_new_tokens
-    require(
-        room >= 8,
-        f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in a context of {context} "
-        "tokens; lower it",
-    )
-    flags = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens")
-    generator = Generator(
-        model,
-        tokenizer,
-        chat_format,
-        generation_settings(model, {name: getattr(args, name) for name in flags}),
-    )
-    encoder = ChatEncoder(tokenizer, chat_format, max_length=room)
-    set_seed(args.seed)
-    logger.info(
-        "model=%s template=%s %s",
-        args.base_model,
-        chat_format.template.name,
-        " ".join(f"{name}={value}" for name, value in sorted(generator.settings.items())),
-    )
-
-    # 3. Talk
-    if prompts is None:
-        chat(generator, encoder, args.system_prompt)
-    else:
-        answer_file(args, prompts, generator, encoder)
-        logger.info("complete: %s (%d answers)", args.output_file, len(prompts))
+    # 2. Talk
+    if prompts is not None:
+        answer_file(args, prompts, models)
+        return
+    torch.manual_seed(args.seed)
+    speakers = [speaker(args, place, "") for place in models]
+    chat(args, speakers, [args.lora_model or args.base_model, args.compare][: len(speakers)])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from medicalgpt.tokenization import ChatFormat
+from template import Template
 
 import torch
 from transformers import (
@@ -24,6 +25,8 @@ class Answer:
     """One answer.
 
     Attributes:
+        text: what is said, without the thought before it.
+        thought: what was thought; "" where the format has no thoughts or this one is empty.
         finish_reason: "stop" (the model ended it), "length" (max_new_tokens), or "interrupted".
     """
 
@@ -31,6 +34,7 @@ class Answer:
     finish_reason: str
     num_prompt_tokens: int
     num_response_tokens: int
+    thought: str = ""
 
 
 class Interrupted(StoppingCriteria):
@@ -45,18 +49,34 @@ class Interrupted(StoppingCriteria):
 
 
 class PrintStream(TextStreamer):
-    """Passes text on as soon as it cannot change any more."""
+    """Passes text on as soon as it cannot change any more, and is no beginning of a stop string."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None], stops: Sequence[str] = ()
+    ):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
-        self.begun = False
+        self.stops = stops
+        self.begun = self.ended = False
+        self.held = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Write a piece; white space before an answer is not part of it."""
-        text = text if self.begun else text.lstrip()
+        if self.ended:
+            return
+        text = self.held + text
+        found = [text.index(stop) for stop in self.stops if stop in text]
+        self.ended = bool(found)
+        keep = min(found) if found else len(text) - (0 if stream_end else self.may_be_stop(text))
+        self.held = text[keep:]
+        text = text[:keep] if self.begun else text[:keep].lstrip()
         self.begun |= bool(text)
         self.write(text)
+
+    def may_be_stop(self, text: str) -> int:
+        """Return how many characters at the end of a text may be the beginning of a stop string."""
+        lengths = (n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return max(lengths, default=0)
 
 
 def generation_settings(model: PreTrainedModel, flags: dict[str, object]) -> dict[str, object]:
@@ -72,15 +92,27 @@ def generation_settings(model: PreTrainedModel, flags: dict[str, object]) -> dic
         if getattr(model.generation_config, name) not in (None, getattr(default, name))
     }
     given = {name: value for name, value in flags.items() if value is not None}
-    settings = (own or SAFE_SETTINGS) | given
+    return coherent((own or SAFE_SETTINGS) | given, "temperature" in given)
+
+
+def coherent(settings: dict[str, object], has_temperature: bool) -> dict[str, object]:
+    """Return settings without those that greedy decoding ignores; a given temperature means sampling."""
     if settings.get("temperature") == 0 or settings.get("do_sample") is False:  # greedy
-        settings = {
-            name: value for name, value in settings.items() if name not in ("temperature", "top_p", "top_k")
-        }
-        settings["do_sample"] = False
-    elif "temperature" in given:
-        settings["do_sample"] = True
-    return settings
+        unread = ("temperature", "top_p", "top_k")
+        return {name: value for name, value in settings.items() if name not in unread} | {"do_sample": False}
+    return settings | ({"do_sample": True} if has_temperature else {})
+
+
+def split_thought(text: str, template: Template) -> tuple[str, str]:
+    """Return (thought, answer) of what a model wrote."""
+    if not template.thought:
+        return "", text.strip()
+    head, mark, answer = text.rpartition("</think>")
+    if mark:
+        return head.split("<think>")[-1].strip(), answer.strip()
+    if template.prompt_thought == "open" or text.lstrip().startswith("<think>"):  # cut while it was thinking
+        return text.split("<think>")[-1].strip(), ""
+    return "", text.strip()
 
 
 class Generator:
@@ -99,9 +131,11 @@ class Generator:
     ):
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.template = chat_format.template
         self.stop_ids = chat_format.stop_ids(tokenizer)
-        self.thought = chat_format.template.thought
         self.stop_texts = [stop for stop in chat_format.stops if stop not in tokenizer.get_vocab()]
+        tool_marks = tokenizer.convert_tokens_to_ids(["[TOOL_CALLS]", "<|python_tag|>"])
+        self.special_ids = set(tokenizer.all_special_ids) - set(tool_marks)
         self.settings = settings
         # What the model's own configuration says about sampling would come back for every setting left out
         # here.
@@ -118,7 +152,7 @@ class Generator:
         """Answer a batch of prompts, given as ids.
 
         Args:
-            write: takes the text of a single prompt's answer as it comes.
+            write: takes the text of a single prompt's answer as it comes, thought and all.
             interrupted: asked after every token; True ends the answers.
         """
         width = max(map(len, prompts))
@@ -135,7 +169,7 @@ class Generator:
             attention_mask=mask,
             eos_token_id=self.stop_ids,
             pad_token_id=pad,
-            streamer=PrintStream(self.tokenizer, write) if write else None,
+            streamer=PrintStream(self.tokenizer, write, self.stop_texts) if write else None,
             stopping_criteria=StoppingCriteriaList([Interrupted(interrupted)]),
             **self.settings,
             **stops,
@@ -148,14 +182,14 @@ class Generator:
     def finish(self, num_prompt_tokens: int, ids: list[int], was_interrupted: bool) -> Answer:
         """Cut an answer at its stop and say how it ended."""
         end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
-        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True)
-        stop_text = next((stop for stop in self.stop_texts if stop in text), None)
-        if stop_text:
-            text = text[: text.index(stop_text)]
-        reason = "stop" if end is not None or stop_text else "interrupted" if was_interrupted else "length"
-        if self.thought:  # an empty one says nothing
-            text = text.removeprefix("\n\n".join(self.thought).rstrip())
+        shown = [i for i in ids[:end] if i not in self.special_ids]
+        text = self.tokenizer.decode(shown, skip_special_tokens=False)
+        found = [text.index(stop) for stop in self.stop_texts if stop in text]
+        text = text[: min(found)] if found else text
+        ended = end is not None or bool(found)
+        reason = "stop" if ended else "interrupted" if was_interrupted else "length"
         length = len(ids) if end is None else end + 1
         while end is None and length and ids[length - 1] == self.tokenizer.pad_token_id:
             length -= 1  # rows of a batch that ended before the longest are filled up
-        return Answer(text.strip(), reason, num_prompt_tokens, length)
+        thought, said = split_thought(text, self.template)
+        return Answer(said, reason, num_prompt_tokens, length, thought)

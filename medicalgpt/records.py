@@ -257,6 +257,25 @@ def parse_history(row: dict, origin: str) -> list[Message]:
     return messages
 
 
+def parse_prompt(row: dict, origin: str) -> tuple[list[Message], tuple[dict, ...]]:
+    """Return (messages that end with what is to be answered, tools) of a row to answer.
+
+    {"prompt"[, "system"]}, a conversation in either form (its last answer is left out), or a pair's prompt.
+    """
+    if "conversations" in row or "messages" in row:
+        messages = parse_messages(row, origin)
+        while messages[-1].role == "assistant":
+            messages.pop()
+    elif "question" in row:
+        messages = [*parse_history(row, origin), Message("user", require_text(row, "question", origin))]
+    else:
+        messages = [Message("user", require_text(row, "prompt", origin))]
+        if row.get("system") is not None:
+            system = require_text(row, "system", origin, may_be_empty=True)
+            messages.insert(0, Message("system", system))
+    return messages, parse_tools(row, origin)
+
+
 Parser = Callable[[dict, str, RowLog], Record | None]
 
 

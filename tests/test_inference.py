@@ -188,7 +188,7 @@ def test_wrong_flags_are_refused(flags, error, message, model_dir):
 
 def test_a_row_without_prompt_is_named(model_dir, tmp_path):
     with pytest.raises(DataError, match=r"q.jsonl:2: prompt: missing"):
-        answer_file(model_dir, tmp_path, [{"prompt": "Hi"}, {"question": "Hi"}])
+        answer_file(model_dir, tmp_path, [{"prompt": "Hi"}, {"text": "Hi"}])
 
 
 def test_an_existing_output_file_is_not_replaced_without_asking(model_dir, tmp_path):
