@@ -28,7 +28,7 @@ from medicalgpt.answer_file import (
     read_prompts,
 )
 from medicalgpt.arguments import cpu_has_fast_bfloat16
-from medicalgpt.chat_session import Ended, Refused, Session, check_params
+from medicalgpt.chat_session import LEAST_PROMPT, Ended, Refused, Session, check_params
 from medicalgpt.chat_template import resolve_template
 from medicalgpt.checkpoint import fingerprint
 from medicalgpt.errors import run_script
@@ -237,7 +237,7 @@ def speaker(args: InferenceArguments, place: Place, suffix: str) -> Speaker:
     model, tokenizer, chat_format, context = load(args, place)
     room = context - args.max_new_tokens
     require(
-        room >= 8,
+        room >= LEAST_PROMPT,
         f"--max_new_tokens {args.max_new_tokens} leaves no room for a prompt in a context of {context} "
         "tokens; lower it",
     )

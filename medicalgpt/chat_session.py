@@ -24,6 +24,7 @@ HELP = """\
 /params [NAME VALUE]    show the settings of generation, or change one
 /tokens                 how much of the context is used
 /exit                   end (or Ctrl-D); a question that begins with a slash is typed with two"""
+LEAST_PROMPT = 8  # tokens that a prompt has room for
 RANGES: dict[str, tuple[type, float, float]] = {  # name: type, smallest, largest
     "temperature": (float, 0.0, 10.0),
     "top_p": (float, 1e-6, 1.0),
@@ -63,6 +64,11 @@ class Session:
     def messages(self) -> list[Message]:
         """The conversation with its system prompt."""
         return [*([] if self.system is None else [Message("system", self.system)]), *self.history]
+
+    @property
+    def context(self) -> int:
+        """Room for prompt and answer, in tokens."""
+        return self.encoder.max_length + self.generator.settings["max_new_tokens"]
 
     def ask(self, question: str) -> Answer:
         """Answer a question; what outgrows the context loses its oldest turns.
@@ -191,10 +197,13 @@ class Session:
             value = kind(text)
         except ValueError:
             raise Refused(f"{name} {text!r} is not allowed; expected {kind.__name__}") from None
-        limit = self.encoder.max_length if name == "max_new_tokens" else largest
+        limit = self.context - LEAST_PROMPT if name == "max_new_tokens" else largest
         if not smallest <= value <= limit:
             raise Refused(f"{name} {value} is not allowed; expected {smallest:g} to {limit:g}")
-        self.generator.settings = coherent(self.generator.settings | {name: value}, name == "temperature")
+        context = self.context
+        changed = {name: value} | ({"do_sample": value > 0} if name == "temperature" else {})
+        self.generator.settings = coherent(self.generator.settings | changed, name == "temperature")
+        self.encoder.set_room(context - self.generator.settings["max_new_tokens"])
         self.notice(f"{name} {value}")
 
     def tokens(self, rest: str) -> None:
@@ -203,7 +212,10 @@ class Session:
         if self.history:
             turns = self.encoder.encode_turns([self.messages])[0]
             used = sum(len(turn.ids) for turn in turns)
-        self.notice(f"{used} of {self.encoder.max_length} tokens, besides room for an answer")
+        self.notice(
+            f"{used} of {self.context} tokens of context, "
+            f"{self.generator.settings['max_new_tokens']} of them kept free for an answer"
+        )
 
     def leave(self, rest: str) -> None:
         """Carry out `/exit`."""

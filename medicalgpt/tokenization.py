@@ -225,6 +225,10 @@ class ChatEncoder:
         self.max_source_length = max_source_length or max_length
         self.max_target_length = max_target_length or max_length
 
+    def set_room(self, max_length: int) -> None:
+        """Change the limit of a prompt, in tokens."""
+        self.max_length = self.max_source_length = max_length
+
     def encode_turns(
         self, conversations: Sequence[Sequence[Message]], tools: Sequence[Sequence[dict]] | None = None
     ) -> list[list[Tokens]]:
