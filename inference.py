@@ -29,7 +29,7 @@ from medicalgpt.answer_file import (
 )
 from medicalgpt.arguments import cpu_has_fast_bfloat16
 from medicalgpt.chat_session import LEAST_PROMPT, Ended, Refused, Session, check_params
-from medicalgpt.chat_template import resolve_template
+from medicalgpt.chat_template import resolve_template, warn_of_plain_roles
 from medicalgpt.checkpoint import fingerprint
 from medicalgpt.errors import run_script
 from medicalgpt.flags import parse_arguments, require, require_positive, require_tool_format
@@ -248,11 +248,7 @@ def speaker(args: InferenceArguments, place: Place, suffix: str) -> Speaker:
         chat_format.template.name,
         " ".join(f"{name}={value}" for name, value in sorted(settings.items())),
     )
-    if not chat_format.protects_roles(tokenizer):
-        logger.info(
-            "template %s marks roles with plain text: a message can pretend to be another's",
-            chat_format.template.name,
-        )
+    warn_of_plain_roles(tokenizer, chat_format)
     generator = Generator(model, tokenizer, chat_format, settings)
     return Speaker(generator, ChatEncoder(tokenizer, chat_format, max_length=room), suffix)
 

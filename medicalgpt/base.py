@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medicalgpt.arguments import StageFlags
-from medicalgpt.chat_template import export_template, resolve_template
+from medicalgpt.chat_template import export_template, resolve_template, warn_of_plain_roles
 from medicalgpt.checkpoint import fingerprint
 from medicalgpt.model_files import adapter_settings, load_config, load_tokenizer, resolve_model_dir
 from medicalgpt.run_record import check_base, config_fingerprint, recorded_template, recorded_tool_format
@@ -79,4 +79,6 @@ def open_base(flags: StageFlags) -> Base:
         force=flags.chat.force_template,
     )
     tool_format = flags.chat.tool_format or recorded_tool_format(directory)
-    return Base(directory, tokenizer, ChatFormat.of(template, tokenizer, tool_format))
+    chat_format = ChatFormat.of(template, tokenizer, tool_format)
+    warn_of_plain_roles(tokenizer, chat_format)
+    return Base(directory, tokenizer, chat_format)

@@ -1,5 +1,6 @@
 """Which chat format a model gets, and the proof that it is the one the model knows."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,6 +13,8 @@ from template import TEMPLATES, Message, Template, get_template
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("medicalgpt")
 
 PROBE_TOOL = {
     "type": "function",
@@ -100,9 +103,14 @@ def read_own_template(tokenizer: PreTrainedTokenizerBase) -> Template:
 
 
 def matching_template(tokenizer: PreTrainedTokenizerBase) -> Template | None:
-    """Return the template that the tokenizer's own chat template is, or None."""
-    found = (as_the_model_has_it(tokenizer, template) for template in TEMPLATES.values())
-    return next((template for template in found if template), None)
+    """Return the template that the tokenizer's own chat template is, or None.
+
+    Of several that agree, the mode that the model is in unasked (thinking or not) is taken, and the format
+    that also offers tools as the model does.
+    """
+    found = [own for template in TEMPLATES.values() if (own := as_the_model_has_it(tokenizer, template))]
+    usual = [own for own in found if difference(tokenizer, replace(own, options={})) is None] or found
+    return next((template for template in usual if offers_alike(tokenizer, template)), (*usual, None)[0])
 
 
 def resolve_template(
@@ -154,6 +162,15 @@ def resolve_template(
 def known_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> Template | None:
     """Return the template that a run recorded, or None where it recorded none."""
     return read_own_template(tokenizer) if name == OWN else TEMPLATES.get(name)
+
+
+def warn_of_plain_roles(tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> None:
+    """Say so where the format's markers are plain text, which any message may contain."""
+    if not chat_format.protects_roles(tokenizer):
+        logger.info(
+            "template %s marks who speaks with plain text: a message can pretend to be another's",
+            chat_format.template.name,
+        )
 
 
 def export_template(tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat) -> None:

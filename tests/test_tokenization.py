@@ -351,3 +351,15 @@ def test_the_exported_template_gives_the_trained_ids(tokenizer):
 def test_a_template_whose_stop_the_tokenizer_does_not_know_is_refused(tokenizer):
     with pytest.raises(ModelError, match="not one token"):
         ChatFormat.of(TEMPLATES["llama3"], tokenizer)
+
+
+@pytest.mark.parametrize(
+    "name, protected",
+    [("chatml", True), ("qwen3", True), ("vicuna", False), ("alpaca", False), ("base", False)],
+)
+def test_a_format_of_plain_markers_says_that_it_cannot_protect_roles(name, protected, tokenizer, caplog):
+    from medicalgpt.chat_template import warn_of_plain_roles
+
+    with caplog.at_level("INFO", logger="medicalgpt"):
+        warn_of_plain_roles(tokenizer, ChatFormat.of(TEMPLATES[name], tokenizer))
+    assert ("can pretend to be another's" in caplog.text) is not protected

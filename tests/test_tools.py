@@ -3,7 +3,8 @@
 import json
 from dataclasses import replace
 
-from medicalgpt.errors import DataError
+from medicalgpt.chat_template import resolve_template
+from medicalgpt.errors import ConfigError, DataError
 from medicalgpt.records import RowLog, parse_chat, parse_pair
 from medicalgpt.rendering import Renderer, render, render_text
 from medicalgpt.tool_formats import CHOICES, TOOL_FORMATS, parse_tool_call
@@ -196,3 +197,40 @@ def test_a_call_at_the_end_is_what_the_model_must_say():
     assert trained == (
         '<tool_call>\n{"name": "dose", "arguments": {"kg": 12.5, "drug": "布洛芬", "list": [1, 2]}}\n</tool_call><|im_end|>'
     )
+
+
+@pytest.mark.parametrize("source, name, tool_format, prompt_thought", [
+    ("qwen2_5", "qwen", "qwen", ""), ("qwen3", "qwen3", "qwen", ""), ("qwen3_instruct_2507", "qwen3_nothink", "qwen", ""),
+    ("qwen3_5_think", "qwen3_5", "qwen3_5", "open"), ("qwen3_5_nothink", "qwen3_5_nothink", "qwen3_5", "empty"),
+])  # fmt: skip
+def test_a_models_own_template_is_recognised_with_its_mode_and_its_tools(
+    tokenizer, source, name, tool_format, prompt_thought
+):
+    tokenizer.chat_template = shown(source)
+    found = resolve_template(tokenizer, None, recorded=None)
+    assert (found.name, found.tool_format, found.prompt_thought) == (name, tool_format, prompt_thought)
+
+
+def test_a_format_that_has_no_name_here_is_read_off_and_proved(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}<S>{{ m.content | trim }}\n{% elif m.role == 'user' %}"
+        "Patient> {{ m.content | trim }}\n{% else %}Doctor> {{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}Doctor> {% endif %}"
+    )
+    found = resolve_template(tokenizer, None, recorded=None)
+    assert (found.name, found.user, found.header, found.stop) == (
+        "own",
+        "Patient> {content}\n",
+        "Doctor> ",
+        "<|im_end|>",
+    )
+    assert found.system == "<S>{content}\n" and found.strip == {"system", "user"}
+
+
+def test_a_format_that_cannot_be_read_off_is_refused_with_the_reason(tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}{{ m.content | length }}: {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(ConfigError, match="its own chat template cannot be turned into segments: "):
+        resolve_template(tokenizer, None, recorded=None)
