@@ -22,7 +22,9 @@ from template import TEMPLATES, Message
 
 import pytest
 from test_template import BODIES, PROBES, official, without_last_stop
+from test_tools import TALKS, TOOLS, ours
 from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
 
 pytestmark = pytest.mark.network
 ORACLES = Path(__file__).parents[1] / ".cache" / "oracles"
@@ -194,3 +196,38 @@ def test_ten_thousand_forgeries_give_no_control_token(name):
     (plain,) = encoder.encode_turns([[Message(role, "a") for role in roles]])
     assert sum(control_ids(plain).values()) >= 4
     assert all(control_ids(turns) == control_ids(plain) for turns in encoder.encode_turns(talks))
+
+
+def glm_rows(messages: list[dict], tools: list[dict] | None) -> list[dict]:
+    """Write a conversation as GLM-4's templates read it: the call's name is metadata."""
+    rows = [{"role": "system", "content": "", "tools": tools}] if tools else []
+    for message in messages:
+        for one in message.get("tool_calls", []):
+            content = json.dumps(one["function"]["arguments"], ensure_ascii=False)
+            rows.append({"role": "assistant", "metadata": one["function"]["name"], "content": content})
+        if message["role"] == "tool":
+            rows.append({"role": "observation", "content": message["content"]})
+        elif not message.get("tool_calls"):
+            rows.append(message)
+    return rows
+
+
+@pytest.mark.parametrize("messages", [TALKS[0], TALKS[1], TALKS[3]])
+@pytest.mark.parametrize("model, name, variant", [
+    ("mistral-instruct-v0.3", "mistral", None), ("mistral-nemo-instruct", "mistral", 1),
+    ("glm4-chat", "glm4", None), ("glm4-0414", "glm4", 0),
+])  # fmt: skip
+def test_tools_are_the_models_own(xinference, messages, model, name, variant):
+    rows, tools = messages, TOOLS
+    if name == "glm4":
+        rows, tools = (
+            glm_rows(messages, TOOLS if model == "glm4-chat" else None),
+            None if model == "glm4-chat" else TOOLS,
+        )
+    texts, _ = render_jinja_template(
+        [rows], tools=tools, chat_template=xinference[model], bos_token="<B>", eos_token="<E>",
+        add_generation_prompt=messages[-1]["role"] != "assistant",
+    )  # fmt: skip
+    own = texts[0].replace("<s>", "<B>").replace("</s>", "<E>")
+    made = ours(name, messages, variant)
+    assert (made.removesuffix("<|user|>") if name == "glm4" else made) == own
