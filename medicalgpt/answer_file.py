@@ -106,16 +106,16 @@ class OutputFile:
         Raises:
             ConfigError: it was made from another input, model or flags.
         """
-        if overwrite or not (self.partial.exists() and self.record.exists()):
-            self.partial.unlink(missing_ok=True)
-            self.record.write_text(json.dumps(self.identity, ensure_ascii=False), encoding="utf-8")
-            return 0
+        if not (self.partial.exists() and self.record.exists()):
+            return self.begin_anew()
         old = json.loads(self.record.read_text(encoding="utf-8"))
         changed = [
             f"{name}: {old.get(name)} → {value}"
             for name, value in self.identity.items()
             if old.get(name) != value
         ]
+        if changed and overwrite:
+            return self.begin_anew()
         if changed:
             raise ConfigError(
                 f"--output_file {self.path}: {self.partial} was begun differently ({'; '.join(changed)}); "
@@ -127,6 +127,12 @@ class OutputFile:
             with open(self.partial, "r+b") as file:
                 file.truncate(len(whole))
         return whole.count(b"\n")
+
+    def begin_anew(self) -> int:
+        """Forget what an earlier run left; nothing is answered yet."""
+        self.partial.unlink(missing_ok=True)
+        self.record.write_text(json.dumps(self.identity, ensure_ascii=False), encoding="utf-8")
+        return 0
 
     def add(self, rows: Sequence[dict]) -> None:
         """Append answers, on the disk before this returns."""
