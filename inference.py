@@ -24,13 +24,12 @@ from medicalgpt.answer_file import (
     Prompt,
     Ranks,
     Speaker,
-    fingerprint_of_file,
     read_prompts,
 )
 from medicalgpt.arguments import cpu_has_fast_bfloat16
 from medicalgpt.chat_session import LEAST_PROMPT, Ended, Refused, Session, check_params
 from medicalgpt.chat_template import resolve_template, warn_of_plain_roles
-from medicalgpt.checkpoint import fingerprint
+from medicalgpt.checkpoint import fingerprint, sha256
 from medicalgpt.errors import run_script
 from medicalgpt.flags import parse_arguments, require, require_positive, require_tool_format
 from medicalgpt.generation import Generator, generation_settings
@@ -325,7 +324,7 @@ def check_output(args: InferenceArguments) -> None:
 def output_of(args: InferenceArguments, models: list[Place]) -> OutputFile:
     """Return the output file with what its answers depend on."""
     flags = {f.name: getattr(args, f.name) for f in fields(args) if f.name not in NEUTRAL_FLAGS}
-    identity = {"input": fingerprint_of_file(Path(args.data_file))} | {f"--{k}": v for k, v in flags.items()}
+    identity = {"input": sha256(Path(args.data_file))} | {f"--{k}": v for k, v in flags.items()}
     identity |= {f"model {number}": place.fingerprints for number, place in enumerate(models, 1)}
     return OutputFile(Path(args.output_file), identity | versions())
 

@@ -77,6 +77,7 @@ class Template:
             empty one (the answer then has none).
         observation: what a tool gave back, with what stands around it; None: it comes as a user message.
         tool_format: how tools are offered and called, see medicalgpt/tools.py.
+        call_stop: what ends a call, where it is not what ends an answer.
         stop_strings: further strings that end an answer at generation.
         bos_as_tokenizer: BOS is no part of the text; it comes first where the tokenizer itself adds it.
         variants: other models' values of some attributes; a model gets what its own chat template has.
@@ -107,6 +108,7 @@ class Template:
     prompt_thought: str = ""
     observation: str | None = None
     tool_format: str = "default"
+    call_stop: str | None = None
     stop_strings: tuple[str, ...] = ()
     bos_as_tokenizer: bool = False
     variants: tuple[dict, ...] = ()
@@ -341,6 +343,7 @@ TEMPLATES = {
             user="<|user|>\n{content}",
             observation="<|observation|>\n{content}",
             stop="<|user|>",
+            call_stop="<|observation|>",
             stop_strings=("<|observation|>", "<|endoftext|>"),
             variants=({"tool_format": "glm4_0414"},),
             **GLM,

@@ -148,11 +148,6 @@ class OutputFile:
         self.record.unlink(missing_ok=True)
 
 
-def fingerprint_of_file(path: Path) -> str:
-    """Return the sha256 of a file, shortened."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
 # ---- answering ---------------------------------------------------------------------------------------------
 
 

@@ -180,7 +180,8 @@ class Renderer:
                 Segment(self.expand(self.template.answer).replace("{content}", content), False, True)
             )
         hidden = not (self.template.stop_between or last)
-        segments.append(Segment(self.expand(self.template.stop), True, True, hidden=hidden))
+        stop = (self.template.call_stop if message.calls else None) or self.template.stop
+        segments.append(Segment(self.expand(stop), True, True, hidden=hidden))
         if self.template.stop_between or not last:
             segments += self.pieces(self.template.after)
         if last:

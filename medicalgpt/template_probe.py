@@ -33,12 +33,6 @@ BODIES = (
     [("user", "it's {content} \\n {{ x }}"), ("assistant", "'a'")],
     [(("user", "assistant")[i % 2], f"turn {i}") for i in range(10)],
 )
-THINKING = [
-    ("user", "a"),
-    ("assistant", "<think>\nhm\n</think>\n\nb"),
-    ("user", "c"),
-    ("assistant", "<think>\no\n</think>\n\nd"),
-]
 SYSTEMS = ([], [("system", "Be kind.")], [("system", " 说中文 \n")], [("system", "")])
 
 

@@ -234,3 +234,11 @@ def test_a_format_that_cannot_be_read_off_is_refused_with_the_reason(tokenizer):
     )
     with pytest.raises(ConfigError, match="its own chat template cannot be turned into segments: "):
         resolve_template(tokenizer, None, recorded=None)
+
+
+def test_a_call_of_glm4_is_trained_to_end_with_what_the_text_goes_on_with():
+    """GLM-4 stops a call with <|observation|> and an answer with <|user|>."""
+    row = parse_chat(ROW, "f:1", RowLog())
+    (turn,) = render(TEMPLATES["glm4"], row.messages, bos="", eos="", tools=row.tools)
+    stops = [segment.text for segment in turn if segment.trained and segment.is_marker]
+    assert stops == ["<|observation|>", "<|user|>"]
