@@ -25,7 +25,8 @@ from medicalgpt.dataset import load_data
 from medicalgpt.engine import FlatLM
 from medicalgpt.errors import run_script
 from medicalgpt.flags import require
-from medicalgpt.records import RowLog, parse_pair
+from medicalgpt.records import parse_pair
+from medicalgpt.row_log import RowLog
 from medicalgpt.stage import (
     build_model,
     chat_encoder,

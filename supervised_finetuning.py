@@ -20,7 +20,8 @@ from medicalgpt.collator import FlatCollator
 from medicalgpt.dataset import load_data
 from medicalgpt.errors import run_script
 from medicalgpt.flags import require
-from medicalgpt.records import RowLog, parse_chat
+from medicalgpt.records import parse_chat
+from medicalgpt.row_log import RowLog
 from medicalgpt.stage import (
     build_model,
     chat_encoder,

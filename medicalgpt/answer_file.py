@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medicalgpt.checkpoint import PARTIAL
-from medicalgpt.data_files import read_rows, read_text_file
+from medicalgpt.data_files import read_rows, read_text_lines
 from medicalgpt.errors import ConfigError, DataError
 from medicalgpt.generation import Answer, Generator
 from medicalgpt.records import parse_prompt
+from medicalgpt.row_log import RowLog
 from medicalgpt.tokenization import ChatEncoder
 from medicalgpt.tool_formats import parse_tool_call
 from template import Message
@@ -60,10 +61,8 @@ def read_prompts(path: Path, system_prompt: str | None) -> list[Prompt]:
     if not path.is_file():
         raise ConfigError(f"--data_file {path} does not exist; expected a .jsonl, .json or .txt file")
     if path.suffix == ".txt":
-        lines = read_text_file(path).splitlines()
-        rows: Iterator = (
-            ({"prompt": line}, f"{path}:{n}") for n, line in enumerate(lines, 1) if line.strip()
-        )
+        lines = read_text_lines(path, RowLog())
+        rows: Iterator = (({"prompt": line}, f"{path}:{number}") for line, number in lines if line.strip())
     else:
         rows = read_rows(path)
     system = [] if system_prompt is None else [Message("system", system_prompt)]

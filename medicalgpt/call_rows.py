@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 
+from medicalgpt.data_files import json_type
 from medicalgpt.errors import DataError
 from template import Message, ToolCall
 
@@ -27,7 +28,7 @@ def parse_tools(row: dict, origin: str) -> tuple[dict, ...]:
     if isinstance(tools, str):
         tools = decode(tools, "tools", origin)
     if not isinstance(tools, list):
-        raise DataError(f"{origin}: tools: is {type(tools).__name__}; expected a list of functions")
+        raise DataError(f"{origin}: tools: is {json_type(tools)}; expected a list of functions")
     wrapped = []
     for index, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
@@ -51,7 +52,7 @@ def parse_sharegpt_calls(text: str, where: str, origin: str) -> tuple[ToolCall, 
 def parse_openai_calls(calls: object, where: str, origin: str) -> tuple[ToolCall, ...]:
     """Return the calls of `tool_calls`: [{"id", "function": {"name", "arguments"}}, …]."""
     if not isinstance(calls, list):
-        raise DataError(f"{origin}: {where}: is {type(calls).__name__}; expected a list of calls")
+        raise DataError(f"{origin}: {where}: is {json_type(calls)}; expected a list of calls")
     parsed = []
     for index, call in enumerate(calls):
         function = call.get("function", call) if isinstance(call, dict) else call
@@ -72,7 +73,7 @@ def parse_call(value: object, where: str, origin: str) -> ToolCall:
     if isinstance(arguments, str):
         arguments = decode(arguments, f"{where}.arguments", origin)
     if not isinstance(arguments, dict):
-        raise DataError(f"{origin}: {where}.arguments: is {type(arguments).__name__}; expected an object")
+        raise DataError(f"{origin}: {where}.arguments: is {json_type(arguments)}; expected an object")
     return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
 
 

@@ -1,8 +1,10 @@
 """Data files → rows, each with its `file:line`; whatever is no data is named for what it is.
 
-Standard library only, so that tools answer at once.
+Files are read in a stream. What cannot be used goes to `RowLog.refuse`, which ends a stage and which a tool
+may survive: reading goes on behind it where that is possible. Standard library only.
 """
 
+import codecs
 import hashlib
 import json
 import re
@@ -11,19 +13,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from medicalgpt.errors import ConfigError, DataError
+from medicalgpt.file_faults import HEAD_BYTES, file_fault, line_fault
+from medicalgpt.row_log import RowLog
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-NOT_TEXT = {
-    b"\x1f\x8b": "gzip data; unpack it first",
-    b"\xff\xfe": "UTF-16 text; save it as UTF-8",
-    b"\xfe\xff": "UTF-16 text; save it as UTF-8",
-    b"PK\x03\x04": "a zip archive (or an .xlsx); unpack it first",
-    b"version https://git-lfs": "a Git LFS pointer, not the data; run git lfs pull",
-    b"<!DOCTYPE html": "an HTML page, not data; download the file itself",
-    b"<html": "an HTML page, not data; download the file itself",
-}
+MAX_ROW_BYTES = 64 << 20
+CHUNK_BYTES = 1 << 20
 
 
 def find_files(path: str, suffixes: tuple[str, ...], flag: str) -> list[Path]:
@@ -65,33 +60,67 @@ def fingerprint_files(files: Iterable[Path]) -> dict[str, str]:
     return prints
 
 
-def read_text_file(path: Path) -> str:
-    """Return a whole file as strict UTF-8 text (a byte-order mark is accepted).
+def json_type(value: object) -> str:
+    """Return what a JSON value is, in JSON's words."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
 
-    Raises:
-        DataError: the file is empty, not text, or not UTF-8; names the line of the first bad byte.
+
+# ---- lines -------------------------------------------------------------------------------------------------
+
+
+def read_text_lines(path: Path, log: RowLog, *, max_bytes: int = -1) -> Iterator[tuple[str, int]]:
+    """Yield (line without its end, its number) of a UTF-8 file (a byte-order mark is accepted).
+
+    Empty and blank files, files that are something else, lines that are not UTF-8 or hold a NUL are refused.
+
+    Args:
+        max_bytes: of a line; reading stops at a longer one. -1: any length.
     """
-    data = path.read_bytes()
-    if not data.strip():
-        raise DataError(f"{path}:1: the file is empty; remove it or fill it")
-    head = data[:64].lstrip()
-    for magic, what in NOT_TEXT.items():
-        if head.lower().startswith(magic.lower()):
-            raise DataError(f"{path}:1: the file is {what}")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
-        ) from None
-    if not text.strip():
-        raise DataError(f"{path}:1: the file is blank; remove it or fill it")
-    if "\0" in text:
-        raise DataError(
-            f"{path}:{text.count(chr(10), 0, text.index(chr(0))) + 1}: a NUL character; remove it"
-        )
-    return text
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+        fault = file_fault(head, path.suffix)
+        if not head or fault:
+            fault = f"the file is {fault}" if fault else "the file is empty; remove it or fill it"
+            log.refuse(DataError(f"{path}:1: {fault}"))
+            return
+        file.seek(0)
+        note_line_ends(head, path, log)
+        blank, wide = True, False
+        for number, raw in enumerate(iter(lambda: file.readline(max_bytes), b""), 1):
+            if len(raw) == max_bytes:
+                log.refuse(DataError(f"{path}:{number}: a line of more than {max_bytes >> 20} MiB; split it"))
+                return
+            try:
+                line = raw.decode()
+            except UnicodeDecodeError as error:
+                what, is_chinese = line_fault(raw, error)
+                log.refuse(DataError(f"{path}:{number}: {what}"))
+                blank = False
+                if is_chinese and not wide:
+                    return
+                continue
+            wide = wide or not line.isascii()
+            if number == 1:
+                line = line.removeprefix("\ufeff")
+            blank = blank and not line.strip()
+            if "\0" in line:
+                log.refuse(DataError(f"{path}:{number}: a NUL character; remove it"), line)
+                continue
+            yield line.removesuffix("\n").removesuffix("\r"), number
+        if blank:
+            log.refuse(DataError(f"{path}:1: the file is blank; remove it or fill it"))
+
+
+def note_line_ends(head: bytes, path: Path, log: RowLog) -> None:
+    """Count what is odd about a file as a whole, and changes nothing."""
+    if head.startswith(codecs.BOM_UTF8):
+        log.add("byte_order_mark", f"{path}:1")
+    if b"\r\n" in head:
+        log.add("windows_line_ends", f"{path}:1")
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------
 
 
 def reject_constant(name: str) -> float:
@@ -121,12 +150,35 @@ def decode_json(text: str, origin: str) -> object:
     try:
         value = DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"{origin}: not one JSON object: {error.msg} at column {error.colno}; mend it"
-        ) from None
+        raise DataError(f"{origin}: {json_fault(text, error)}") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{origin}: {reason(error)}; mend it") from None
     return without_surrogates(value, text, origin)
+
+
+def json_fault(text: str, error: json.JSONDecodeError) -> str:
+    """Return what a line is that is not one JSON value, and the mend."""
+    if not text.startswith(("{", "[")):
+        if re.fullmatch(r"[\]}],?|\"[^\"]*\"\s*:.*", text):
+            return "part of a JSON value that runs over several lines; write one row on one line"
+        return f"no JSON object ({text[:30]!r}); every line must be one, in braces"
+    if error.msg == "Extra data":
+        rest = text[error.pos :]
+        if rest.startswith(("{", "[")):
+            return f"two JSON values on one line (one ends before column {error.colno}); part them"
+        return f"text behind the JSON object ({rest[:20]!r} at column {error.colno}); remove it"
+    if len(text) < 3:
+        return "a JSON value that runs over several lines; write one row on one line, or name an array .json"
+    if error.msg.startswith("Unterminated string") or error.pos >= len(text):
+        return (
+            f"the JSON is cut off ({decoder_says(error)} column {error.colno}); write it whole or remove it"
+        )
+    return f"broken JSON: {decoder_says(error)} column {error.colno}; mend it"
+
+
+def decoder_says(error: json.JSONDecodeError) -> str:
+    """Return what the decoder met, ready for a place to follow."""
+    return error.msg if error.msg.endswith(" at") else f"{error.msg} at"
 
 
 def reason(error: ValueError | RecursionError) -> str:
@@ -141,65 +193,191 @@ def without_surrogates(value: object, text: str, origin: str) -> object:
     return value
 
 
-def read_rows(path: Path) -> Iterator[tuple[dict, str]]:
-    """Yield (row, `file:line`) of a .jsonl file or a .json array; blank lines are skipped.
+# ---- rows --------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path, log: RowLog | None = None) -> Iterator[tuple[dict, str]]:
+    """Yield (row, `file:line`) of a .jsonl file or a .json array; blank lines are skipped and counted.
+
+    Args:
+        log: takes what is refused (the first refusal is raised when it is None).
 
     Raises:
         DataError: a line that is no row, or a file without any.
     """
-    text = read_text_file(path)
-    empty = True
-    for value, origin in read_array(text, path) if path.suffix == ".json" else read_lines(text, path):
-        yield require_object(value, origin)
-        empty = False
-    if empty:
-        raise DataError(f"{path}:1: the file holds no row; remove it or fill it")
+    log = log or RowLog()
+    return read_array(path, log) if path.suffix == ".json" else read_lines(path, log)
 
 
-def read_lines(text: str, path: Path) -> Iterator[tuple[object, str]]:
-    """Yield (value, `file:line`) of every line that is not blank."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield decode_json(line.strip(), f"{path}:{number}"), f"{path}:{number}"
-
-
-def read_array(text: str, path: Path) -> Iterator[tuple[object, str]]:
-    """Yield (value, `file:line`) of a JSON array, with the line where each value begins."""
-    position, line = skip_blanks(text, 0, 1)
-    if text[position] != "[":
-        raise DataError(
-            f"{path}:{line}: a .json file must hold one array of objects; name it .jsonl if it is lines"
-        )
-    position, line = skip_blanks(text, position + 1, line)
-    while text[position : position + 1] != "]":
-        origin = f"{path}:{line}"
+def read_lines(path: Path, log: RowLog) -> Iterator[tuple[dict, str]]:
+    """Yield (row, `file:line`) of every line that is not blank."""
+    is_first = True
+    for line, number in read_text_lines(path, log, max_bytes=MAX_ROW_BYTES):
+        text, origin = line.strip(), f"{path}:{number}"
+        if not text:
+            log.add("blank_lines", origin)
+            continue
+        if is_first and text.startswith("["):
+            log.refuse(DataError(f"{origin}: a JSON array in a {path.suffix} file; name it .json"), text)
+            return
+        is_first = False
         try:
-            value, end = DECODER.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{error.lineno}: {error.msg} at column {error.colno}; mend it") from None
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{origin}: {reason(error)}; mend it") from None
-        yield without_surrogates(value, text[position:end], origin), origin
-        line += text.count("\n", position, end)
-        position, line = skip_blanks(text, end, line)
-        if text[position : position + 1] == ",":
-            position, line = skip_blanks(text, position + 1, line)
-            if text[position : position + 1] == "]":
-                raise DataError(f"{path}:{line}: a comma before the end of the array; remove it")
-        elif text[position : position + 1] != "]":
-            raise DataError(f"{path}:{line}: expected ',' or ']' after a row; the file may be cut off")
-    if text[position + 1 :].strip():
-        raise DataError(f"{path}:{line}: text after the end of the array; remove it, or name the file .jsonl")
+            row = require_object(decode_json(text, origin), origin)
+        except DataError as error:
+            log.refuse(error, text)
+            continue
+        yield row, origin
 
 
-def skip_blanks(text: str, position: int, line: int) -> tuple[int, int]:
-    """Return (position, line) of the next character that is no white space."""
-    end = BLANKS.match(text, position).end()
-    return end, line + text.count("\n", position, end)
-
-
-def require_object(value: object, origin: str) -> tuple[dict, str]:
-    """Return (value, origin) if the value is an object."""
+def require_object(value: object, origin: str) -> dict:
+    """Return the value if it is an object."""
     if not isinstance(value, dict):
-        raise DataError(f"{origin}: a row must be a JSON object, not {type(value).__name__}")
-    return value, origin
+        raise DataError(f"{origin}: a row is {json_type(value)}; expected a JSON object")
+    return value
+
+
+def read_array(path: Path, log: RowLog) -> Iterator[tuple[dict, str]]:
+    """Yield (row, `file:line`) of a JSON array, with the line where each row begins.
+
+    Where the array itself is broken, nothing behind that place can be read.
+    """
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    fault = file_fault(head, path.suffix)
+    if not head or fault:
+        log.refuse(DataError(f"{path}:1: the file is {fault or 'empty; remove it or fill it'}"))
+        return
+    note_line_ends(head, path, log)
+    empty = True
+    try:
+        for value, text, origin in ArrayReader(path).values():
+            empty = False
+            try:
+                row = require_object(without_surrogates(value, text, origin), origin)
+            except DataError as error:
+                log.refuse(error, text)
+                continue
+            yield row, origin
+    except DataError as error:
+        log.refuse(error)
+        return
+    if empty:
+        log.refuse(DataError(f"{path}:1: the file holds no row; remove it or fill it"))
+
+
+class ArrayReader:
+    """A window that slides over the text of a JSON array.
+
+    Attributes:
+        text: what is in memory. position: the next character. line: its line.
+        ended: nothing follows behind `text`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.chunks = self.read_chunks()
+        self.text, self.position, self.line, self.ended = "", 0, 1, False
+
+    def read_chunks(self) -> Iterator[str]:
+        """Yield the file's text piece by piece.
+
+        Raises:
+            DataError: a byte that is not UTF-8, with its line.
+        """
+        line, pending = 1, b""
+        with open(self.path, "rb") as file:
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
+            while True:
+                chunk = file.read(CHUNK_BYTES)
+                raw = pending + chunk
+                try:
+                    text, used = codecs.utf_8_decode(raw, "strict", not chunk)
+                except UnicodeDecodeError as error:
+                    begin, end = raw.rfind(b"\n", 0, error.start) + 1, raw.find(b"\n", error.start)
+                    bad = raw[begin : end if end >= 0 else None]
+                    at = error.start - begin
+                    what, _ = line_fault(bad, UnicodeDecodeError("utf-8", bad, at, at + 1, error.reason))
+                    number = line + raw.count(b"\n", 0, error.start)
+                    raise DataError(f"{self.path}:{number}: {what}") from None
+                if "\0" in text:
+                    number = line + text.count("\n", 0, text.index("\0"))
+                    raise DataError(f"{self.path}:{number}: a NUL character; remove it")
+                line, pending = line + text.count("\n"), raw[used:]
+                if not chunk:
+                    return
+                yield text
+
+    def read_more(self) -> None:
+        """Forget what is behind the position, and read on."""
+        self.text = self.text[self.position :]
+        self.position = 0
+        chunk = next(self.chunks, None)
+        self.ended = chunk is None
+        self.text += chunk or ""
+
+    def move(self, end: int) -> None:
+        """Go on to a place in the text."""
+        self.line += self.text.count("\n", self.position, end)
+        self.position = end
+
+    def peek(self) -> str:
+        """Return the next character that is no white space, or an empty string at the end."""
+        while True:
+            self.move(BLANKS.match(self.text, self.position).end())
+            if self.position < len(self.text) or self.ended:
+                return self.text[self.position : self.position + 1]
+            self.read_more()
+
+    def fault(self, what: str) -> DataError:
+        """Return a refusal of what stands at the position."""
+        return DataError(f"{self.path}:{self.line}: {what}")
+
+    def values(self) -> Iterator[tuple[object, str, str]]:
+        """Yield (value, its text, `file:line`).
+
+        Raises:
+            DataError: what is wrong with the array.
+        """
+        first = self.peek()
+        if not first:
+            raise DataError(f"{self.path}:1: the file is blank; remove it or fill it")
+        if first != "[":
+            raise self.fault("a .json file must hold one array of objects; name it .jsonl if it is lines")
+        self.move(self.position + 1)
+        while self.peek() != "]":
+            origin = f"{self.path}:{self.line}"
+            value, end = self.decode(origin)
+            yield value, self.text[self.position : end], origin
+            self.move(end)
+            if self.peek() == ",":
+                self.move(self.position + 1)
+                if self.peek() == "]":
+                    raise self.fault("a comma before the end of the array; remove it")
+            elif self.peek() != "]":
+                raise self.fault("expected ',' or ']' after a row; the file may be cut off")
+        self.move(self.position + 1)
+        if self.peek():
+            raise self.fault("text after the end of the array; remove it, or name the file .jsonl")
+
+    def decode(self, origin: str) -> tuple[object, int]:
+        """Return (the value at the position, where it ends), reading on until it is whole."""
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.position)
+            except json.JSONDecodeError as error:
+                near_end = error.pos >= len(self.text) - 12 or error.msg.startswith("Unterminated string")
+                if self.ended or not near_end:
+                    line = self.line + self.text.count("\n", self.position, error.pos)
+                    cut = "the file is cut off" if near_end else "broken JSON"
+                    raise DataError(
+                        f"{self.path}:{line}: {cut}: {decoder_says(error)} this place; mend it"
+                    ) from None
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{origin}: {reason(error)}; mend it") from None
+            else:
+                if end < len(self.text) or self.ended:
+                    return value, end
+            if len(self.text) - self.position > MAX_ROW_BYTES:
+                raise DataError(f"{origin}: a row of more than {MAX_ROW_BYTES >> 20} MiB; split it")
+            self.read_more()

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from medicalgpt.arguments import DataArguments, StageFlags
 from medicalgpt.data_files import find_files, fingerprint_files
 from medicalgpt.errors import ConfigError, DataError
-from medicalgpt.records import Parser, Record, RowLog, hold_out, read_records, without_shared
+from medicalgpt.holdout import hold_out, without_shared
+from medicalgpt.records import Parser, Record, read_records
+from medicalgpt.row_log import RowLog
 
 from huggingface_hub import HfApi, constants
 

@@ -21,7 +21,8 @@ from medicalgpt.generation import Generator
 from medicalgpt.model_files import load_tokenizer, resolve_model_dir
 from medicalgpt.modeling import load_model
 from medicalgpt.probe import choose_rows
-from medicalgpt.records import Message, RowLog, parse_chat, parse_pair, parse_text, read_records
+from medicalgpt.records import Message, parse_chat, parse_pair, parse_text, read_records
+from medicalgpt.row_log import RowLog
 from medicalgpt.run_record import recorded_template
 from medicalgpt.tokenization import ChatEncoder, ChatFormat
 

@@ -3,6 +3,7 @@
     text   {"text": …} lines, or .txt files
     chat   {"conversations": [{"from": "system|human|gpt", "value": …}]}
            or {"messages": [{"role": "system|user|assistant", "content": …}]}
+           or {"instruction"[, "input"], "output"[, "system", "history"]} (Alpaca)
     pair   {"question", "response_chosen", "response_rejected"[, "system", "history"]}
            or {"conversations": [… ending with human], "chosen", "rejected"}
     tools  a chat or pair row may offer "tools"; then turns may be function_call and observation (ShareGPT),
@@ -11,16 +12,16 @@
 A wrong row is refused as `file:line: field: what; mend`. Standard library only, so that tools answer at once.
 """
 
-import hashlib
-import math
-from collections import Counter, defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from medicalgpt.call_rows import name_calls, parse_openai_calls, parse_sharegpt_calls, parse_tools
-from medicalgpt.data_files import read_rows, read_text_file
+from medicalgpt.content import check_content, check_fields
+from medicalgpt.data_files import json_type, read_rows, read_text_lines
 from medicalgpt.errors import DataError
+from medicalgpt.row_log import RowLog
 from template import Message
 
 SHAREGPT_ROLES = {
@@ -82,27 +83,6 @@ class Pair:
 Record = Text | Chat | Pair
 
 
-@dataclass
-class RowLog:
-    """Counts what happened to rows, by reason, with the first places of each."""
-
-    counts: Counter = field(default_factory=Counter)
-    places: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, reason: str, origin: str) -> None:
-        """Count one row under `reason`."""
-        self.counts[reason] += 1
-        if len(self.places[reason]) < 5:
-            self.places[reason].append(origin)
-
-    def lines(self) -> list[str]:
-        """Return one line per reason: `answer_cut=3 (a.jsonl:17, …)`."""
-        return [
-            f"{reason}={count} ({', '.join(self.places[reason])}{', …' if count > 5 else ''})"
-            for reason, count in sorted(self.counts.items())
-        ]
-
-
 # ---- rows → records ----------------------------------------------------------------------------------------
 
 
@@ -119,7 +99,7 @@ def require_text(row: dict, name: str, origin: str, *, where: str = "", may_be_e
         )
     value = row[name]
     if not isinstance(value, str):
-        raise DataError(f"{origin}: {label}: is {type(value).__name__}; expected a string")
+        raise DataError(f"{origin}: {label}: is {json_type(value)}; expected a string")
     if not may_be_empty and not value.strip():
         raise DataError(f"{origin}: {label}: is empty; write the text or remove the row")
     return value
@@ -130,20 +110,20 @@ def parse_messages(row: dict, origin: str) -> list[Message]:
     name = "messages" if "messages" in row else "conversations"
     if name not in row:
         raise DataError(
-            f"{origin}: conversations: missing; the row has {', '.join(sorted(map(str, row)))}; "
+            f"{origin}: conversations: missing; the row has {', '.join(sorted(row)) or 'no fields'}; "
             "expected conversations or messages"
         )
     turns = row[name]
     if not isinstance(turns, list) or not turns:
         raise DataError(
-            f"{origin}: {name}: is {'an empty list' if turns == [] else type(turns).__name__}; "
+            f"{origin}: {name}: is {'an empty list' if turns == [] else json_type(turns)}; "
             "expected a list of turns"
         )
     messages = [
         parse_message(turn, f"{name}[{index}]", origin, is_openai=name == "messages")
         for index, turn in enumerate(turns)
     ]
-    check_order(messages, name, origin)
+    check_order(messages, name, origin, OPENAI_ROLES if name == "messages" else SHAREGPT_ROLES)
     return name_calls(messages)
 
 
@@ -153,7 +133,7 @@ def parse_message(turn: object, where: str, origin: str, *, is_openai: bool) -> 
         ("role", "content", OPENAI_ROLES) if is_openai else ("from", "value", SHAREGPT_ROLES)
     )
     if not isinstance(turn, dict):
-        raise DataError(f"{origin}: {where}: is {type(turn).__name__}; expected an object")
+        raise DataError(f"{origin}: {where}: is {json_type(turn)}; expected an object")
     role = require_text(turn, role_key, origin, where=where)
     if role not in roles:
         raise DataError(f"{origin}: {where}.{role_key}: is {role!r}; expected {', '.join(roles)}")
@@ -170,32 +150,42 @@ def parse_message(turn: object, where: str, origin: str, *, is_openai: bool) -> 
     return Message(roles[role], content)
 
 
-def check_order(messages: list[Message], name: str, origin: str) -> None:
-    """Refuse anything but a system message or none, then user and assistant in turn; results follow calls."""
+def check_order(messages: list[Message], name: str, origin: str, roles: dict[str, str]) -> None:
+    """Refuse anything but a system message or none, then user and assistant in turn; results follow calls.
+
+    Args:
+        roles: {name in the row: role}, for what is said.
+    """
+    names = {role: word for word, role in reversed(roles.items())}
     offset = 1 if messages[0].role == "system" else 0
     due = ("user",)
     for index, message in enumerate(messages[offset:], offset):
         if message.role not in due:
             raise DataError(
-                f"{origin}: {name}[{index}]: has role {message.role} where {' or '.join(due)} is due; user "
-                "and assistant must alternate, a system turn only comes first, an observation follows a call"
+                f"{origin}: {name}[{index}]: has role {names[message.role]} where "
+                f"{' or '.join(map(names.get, due))} is due; {names['user']} and {names['assistant']} must "
+                f"alternate, a system turn only comes first, {names['observation']} follows a call"
             )
         if message.role == "assistant":
             due = ("observation",) if message.calls else ("user",)
         else:
             due = ("assistant",) if message.role == "user" else ("assistant", "observation")
     if len(messages) == offset:
-        raise DataError(f"{origin}: {name}: has no question; add a user turn")
+        raise DataError(f"{origin}: {name}: has no question; add a {names['user']} turn")
 
 
 def parse_text(row: dict, origin: str, log: RowLog) -> Text:
     """{"text": …} → Text."""
-    return Text(require_text(row, "text", origin), origin)
+    text = Text(require_text(row, "text", origin), origin)
+    check_fields(row, origin, log)
+    return text
 
 
 def parse_chat(row: dict, origin: str, log: RowLog) -> Chat | None:
-    """A ShareGPT or OpenAI row → Chat. A last question without answer is dropped and counted."""
-    messages = parse_messages(row, origin)
+    """A ShareGPT, OpenAI or Alpaca row → Chat. A last question without answer is dropped and counted."""
+    is_alpaca = "instruction" in row and not {"conversations", "messages"} & row.keys()
+    messages = parse_alpaca(row, origin) if is_alpaca else parse_messages(row, origin)
+    check_fields(row, origin, log)
     if not any(message.role == "assistant" for message in messages):
         log.add("row_without_answer_dropped", origin)
         return None
@@ -207,6 +197,18 @@ def parse_chat(row: dict, origin: str, log: RowLog) -> Chat | None:
         while messages[-1].role == "observation":
             messages.pop()
     return Chat(tuple(messages), origin, parse_tools(row, origin))
+
+
+def parse_alpaca(row: dict, origin: str) -> list[Message]:
+    """An Alpaca row → messages. The input stands on the line below the instruction."""
+    question = require_text(row, "instruction", origin)
+    if row.get("input") not in (None, ""):
+        question += "\n" + require_text(row, "input", origin, may_be_empty=True)
+    return [
+        *parse_history(row, origin),
+        Message("user", question),
+        Message("assistant", require_text(row, "output", origin)),
+    ]
 
 
 def parse_pair(row: dict, origin: str, log: RowLog) -> Pair | None:
@@ -224,6 +226,7 @@ def parse_pair(row: dict, origin: str, log: RowLog) -> Pair | None:
         prompt.append(Message("user", require_text(row, "question", origin)))
         chosen, rejected = "response_chosen", "response_rejected"
     answers = parse_answer(row, chosen, origin), parse_answer(row, rejected, origin)
+    check_fields(row, origin, log)
     if answers[0] == answers[1]:
         log.add("identical_answers_dropped", origin)
         return None
@@ -241,13 +244,13 @@ def parse_answer(row: dict, name: str, origin: str) -> Message:
 
 
 def parse_history(row: dict, origin: str) -> list[Message]:
-    """Return the optional `system` and `history` ([[question, answer], …]) of a pair as messages."""
+    """Return the optional `system` and `history` ([[question, answer], …]) of a row as messages."""
     messages = []
     if row.get("system") not in (None, ""):
         messages.append(Message("system", require_text(row, "system", origin)))
     history = [] if row.get("history") is None else row["history"]
     if not isinstance(history, list):
-        raise DataError(f"{origin}: history: is {type(history).__name__}; expected [[question, answer], …]")
+        raise DataError(f"{origin}: history: is {json_type(history)}; expected [[question, answer], …]")
     for index, turn in enumerate(history):
         if not (
             isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) and t.strip() for t in turn)
@@ -282,79 +285,67 @@ Parser = Callable[[dict, str, RowLog], Record | None]
 def read_records(
     files: list[Path], parse: Parser, log: RowLog, *, txt_documents: str = "file"
 ) -> list[Record]:
-    """Return the records of all files, in file and line order.
+    """Return the records of all files, in file and line order; see `iterate_records`.
+
+    Raises:
+        DataError: a row that cannot be used, or no row that can.
+    """
+    records = list(iterate_records(files, parse, log, txt_documents=txt_documents))
+    if not records:
+        raise no_usable_row(files, log)
+    return records
+
+
+def no_usable_row(files: list[Path], log: RowLog) -> DataError:
+    """Return the refusal of files whose rows were all dropped."""
+    reasons = "; ".join(log.lines())
+    return DataError(f"{files[0]}:1: no usable row in {', '.join(map(str, files))}: {reasons}")
+
+
+def iterate_records(
+    files: list[Path], parse: Parser, log: RowLog, *, txt_documents: str = "file"
+) -> Iterator[Record]:
+    """Yield the records of all files, in file and line order.
 
     Args:
         files: .jsonl, .json and (for texts) .txt files.
         parse: parse_text, parse_chat or parse_pair.
-        log: takes what happened to rows.
+        log: takes what happened to rows, and what is refused.
         txt_documents: how a .txt file is split: one document per `file`, `blank`-line separated part, or
             `line`.
-
-    Raises:
-        DataError: a row that cannot be used.
     """
-    records: list[Record] = []
     for path in files:
         if path.suffix == ".txt":
-            records += split_txt(path, txt_documents)
+            yield from split_txt(path, txt_documents, log)
             continue
-        records += (
-            record for row, origin in read_rows(path) if (record := parse(row, origin, log)) is not None
-        )
-    if not records:
-        raise DataError(f"no usable row in {', '.join(map(str, files))}: {'; '.join(log.lines())}")
-    return records
+        for row, origin in read_rows(path, log):
+            try:
+                record = parse(row, origin, log)
+            except DataError as error:
+                log.refuse(error, json.dumps(row, ensure_ascii=False))
+                continue
+            if record is not None:
+                yield record
 
 
-def split_txt(path: Path, txt_documents: str) -> list[Text]:
-    """Return the documents of a .txt file."""
-    text = read_text_file(path).replace("\r\n", "\n")
-    if txt_documents == "file":
-        return [Text(text.strip("\n"), f"{path}:1")]
-    documents, part, begin = [], [], 1
-    for number, line in enumerate([*text.split("\n"), ""], 1):
-        if line.strip():
+def split_txt(path: Path, txt_documents: str, log: RowLog) -> Iterator[Text]:
+    """Yield the documents of a .txt file; a line that cannot be used goes to the log."""
+    part: list[str] = []
+    begin = 1
+    for line, number in read_text_lines(path, log):
+        try:
+            check_content(line, "text", f"{path}:{number}", log)
+        except DataError as error:
+            log.refuse(error, line)
+            continue
+        if txt_documents == "file":
+            part.append(line)
+        elif line.strip():
             begin = begin if part else number
             part.append(line)
-        if part and (txt_documents == "line" or not line.strip()):
-            documents.append(Text("\n".join(part), f"{path}:{begin}"))
+        if part and (txt_documents == "line" or (txt_documents == "blank" and not line.strip())):
+            yield Text("\n".join(part), f"{path}:{begin}")
             part = []
-    return documents
-
-
-# ---- training and validation never share a row -------------------------------------------------------------
-
-
-def key_hash(record: Record) -> int:
-    """Return a number that depends on the record's prompt only, the same on every machine."""
-    return int.from_bytes(hashlib.sha256(record.key.encode()).digest()[:8], "big")
-
-
-def hold_out(records: list[Record], percentage: float) -> tuple[list[Record], list[Record]]:
-    """Split records into (training, validation): the prompts of the smallest hashes are held out.
-
-    Args:
-        percentage: share of the prompts that are held out, in percent; at least one, and never all.
-
-    Raises:
-        DataError: all rows share one prompt, so that none can be held out.
-    """
-    hashes = [key_hash(record) for record in records]
-    prompts = sorted(set(hashes))
-    num_held = max(1, min(math.ceil(percentage / 100 * len(prompts)), len(prompts) - 1))
-    limit = prompts[num_held] if len(prompts) > 1 else prompts[0]
-    train = [record for record, value in zip(records, hashes, strict=True) if value >= limit]
-    held = [record for record, value in zip(records, hashes, strict=True) if value < limit]
-    if not train or not held:
-        raise DataError(
-            f"{records[0].origin}: all {len(records)} rows share one prompt, so none can be held out; "
-            "add rows or use --do_eval False"
-        )
-    return train, held
-
-
-def without_shared(records: list[Record], train: list[Record]) -> list[Record]:
-    """Return the validation records whose prompt does not occur in training."""
-    seen = {key_hash(record) for record in train}
-    return [record for record in records if key_hash(record) not in seen]
+    text = "\n".join(part).strip("\n")
+    if text.strip():
+        yield Text(text, f"{path}:{begin}")

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from medicalgpt.errors import ModelError
 from medicalgpt.plain_tokenizer import PlainTokenizer, adds_bos
-from medicalgpt.records import Chat, Message, Pair, RowLog
+from medicalgpt.records import Chat, Message, Pair
 from medicalgpt.rendering import Renderer, Turn
+from medicalgpt.row_log import RowLog
 from medicalgpt.runs import Run, RunSplitter
 from template import Template
 

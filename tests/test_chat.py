@@ -6,7 +6,8 @@ import sys
 
 from medicalgpt.chat_session import Ended, Refused, Session
 from medicalgpt.generation import Answer, PrintStream, split_thought
-from medicalgpt.records import RowLog, parse_chat
+from medicalgpt.records import parse_chat
+from medicalgpt.row_log import RowLog
 from medicalgpt.terminal import DIM, NORMAL, Screen, is_rich
 from medicalgpt.tokenization import ChatEncoder, ChatFormat
 from template import TEMPLATES, Message

@@ -25,7 +25,10 @@ LAUNCHED = {
     for path in ROOT.glob("run_*.sh")
     if (match := re.search(r"torchrun --nproc_per_node 2 (\w+\.py)", path.read_text(encoding="utf-8")))
 }
-LIGHT_MODULES = ("call_rows", "data_files", "errors", "launch", "records", "rendering", "tool_formats")
+LIGHT_MODULES = (
+    *("call_rows", "content", "data_files", "errors", "file_faults", "holdout", "launch", "records"),
+    *("rendering", "row_log", "tool_formats"),
+)
 LIGHT = ["template", *(f"medicalgpt.{name}" for name in LIGHT_MODULES)]
 
 

@@ -7,7 +7,8 @@ from medicalgpt.documents import encode_texts, pack_documents
 from medicalgpt.errors import ConfigError, ModelError
 from medicalgpt.jinja_export import jinja
 from medicalgpt.plain_tokenizer import PlainTokenizer
-from medicalgpt.records import Chat, Message, Pair, RowLog, Text
+from medicalgpt.records import Chat, Message, Pair, Text
+from medicalgpt.row_log import RowLog
 from medicalgpt.tokenization import IGNORE_INDEX, ChatEncoder, ChatFormat
 from template import TEMPLATES
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 from medicalgpt.chat_template import resolve_template
 from medicalgpt.errors import ConfigError, DataError
-from medicalgpt.records import RowLog, parse_chat, parse_pair
+from medicalgpt.records import parse_chat, parse_pair
 from medicalgpt.rendering import Renderer, render, render_text
+from medicalgpt.row_log import RowLog
 from medicalgpt.tool_formats import CHOICES, TOOL_FORMATS, parse_tool_call
 from template import TEMPLATES, Message, ToolCall
 
@@ -181,9 +182,9 @@ def test_a_pairs_answers_may_be_calls():
     ({"tools": [{"description": "x"}]}, r"f:1: tools\[0\]: has no name"),
     ({"conversations": [*ROW["conversations"][:1], {"from": "function_call", "value": "dose(5)"}]}, r"\[1\].value: is no JSON"),
     ({"conversations": [*ROW["conversations"][:1], {"from": "function_call", "value": '{"arguments": {}}'}]}, "has no name"),
-    ({"conversations": [*ROW["conversations"][:1], {"from": "function_call", "value": '{"name": "x", "arguments": 3}'}]}, "arguments: is int"),
-    ({"conversations": [*ROW["conversations"][:1], *ROW["conversations"][2:]]}, "has role observation where assistant is due"),
-    ({"conversations": [*ROW["conversations"][:2], ROW["conversations"][3]]}, "has role assistant where observation is due"),
+    ({"conversations": [*ROW["conversations"][:1], {"from": "function_call", "value": '{"name": "x", "arguments": 3}'}]}, "arguments: is a number"),
+    ({"conversations": [*ROW["conversations"][:1], *ROW["conversations"][2:]]}, "has role observation where gpt is due"),
+    ({"conversations": [*ROW["conversations"][:2], ROW["conversations"][3]]}, "has role gpt where observation is due"),
 ])  # fmt: skip
 def test_wrong_tool_rows_are_named(change, message):
     with pytest.raises(DataError, match=message):

@@ -17,7 +17,9 @@ import supervised_finetuning
 from medicalgpt.callbacks import ProgressBar
 from medicalgpt.checkpoint import why_not_whole
 from medicalgpt.errors import ConfigError, DataError, ModelError, RunError, StoppedError
-from medicalgpt.records import RowLog, hold_out, parse_chat, read_records
+from medicalgpt.holdout import hold_out
+from medicalgpt.records import parse_chat, read_records
+from medicalgpt.row_log import RowLog
 from medicalgpt.tokenization import ChatEncoder, ChatFormat
 from template import TEMPLATES
 
