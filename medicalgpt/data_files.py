@@ -17,6 +17,8 @@ from medicalgpt.file_faults import HEAD_BYTES, file_fault, line_fault
 from medicalgpt.row_log import RowLog
 
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+REJECTS = ".rejects.jsonl"  # rows that a tool could not use: no data of any stage
+MANY_LINES = "a JSON value that runs over several lines"
 MAX_ROW_BYTES = 64 << 20
 CHUNK_BYTES = 1 << 20
 
@@ -32,7 +34,8 @@ def find_files(path: str, suffixes: tuple[str, ...], flag: str) -> list[Path]:
     if root.is_file():
         if root.suffix not in suffixes:
             raise DataError(
-                f"{path}: {flag} takes {', '.join(suffixes)} files, not {root.suffix or 'no suffix'}"
+                f"{path}: {flag} takes {', '.join(suffixes)} files, not {root.suffix or 'no suffix'}; "
+                "convert_dataset.py makes rows of tables"
             )
         return [root]
     if not root.is_dir():
@@ -43,6 +46,7 @@ def find_files(path: str, suffixes: tuple[str, ...], flag: str) -> list[Path]:
         file
         for file in root.rglob("*")
         if file.suffix in suffixes
+        and not file.name.endswith(REJECTS)
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(root).parts)
     )
@@ -88,6 +92,7 @@ def read_text_lines(path: Path, log: RowLog, *, max_bytes: int = -1) -> Iterator
         note_line_ends(head, path, log)
         blank, wide = True, False
         for number, raw in enumerate(iter(lambda: file.readline(max_bytes), b""), 1):
+            log.bytes_read += len(raw)
             if len(raw) == max_bytes:
                 log.refuse(DataError(f"{path}:{number}: a line of more than {max_bytes >> 20} MiB; split it"))
                 return
@@ -160,7 +165,7 @@ def json_fault(text: str, error: json.JSONDecodeError) -> str:
     """Return what a line is that is not one JSON value, and the mend."""
     if not text.startswith(("{", "[")):
         if re.fullmatch(r"[\]}],?|\"[^\"]*\"\s*:.*", text):
-            return "part of a JSON value that runs over several lines; write one row on one line"
+            return f"part of {MANY_LINES}; write one row on one line"
         return f"no JSON object ({text[:30]!r}); every line must be one, in braces"
     if error.msg == "Extra data":
         rest = text[error.pos :]
@@ -168,7 +173,7 @@ def json_fault(text: str, error: json.JSONDecodeError) -> str:
             return f"two JSON values on one line (one ends before column {error.colno}); part them"
         return f"text behind the JSON object ({rest[:20]!r} at column {error.colno}); remove it"
     if len(text) < 3:
-        return "a JSON value that runs over several lines; write one row on one line, or name an array .json"
+        return f"{MANY_LINES}; write one row on one line, or name an array .json"
     if error.msg.startswith("Unterminated string") or error.pos >= len(text):
         return (
             f"the JSON is cut off ({decoder_says(error)} column {error.colno}); write it whole or remove it"
@@ -183,7 +188,9 @@ def decoder_says(error: json.JSONDecodeError) -> str:
 
 def reason(error: ValueError | RecursionError) -> str:
     """Return why a value that is well-formed JSON cannot be taken."""
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return "a number of more than 4,300 digits" if "Exceeds the limit" in str(error) else str(error)
 
 
 def without_surrogates(value: object, text: str, origin: str) -> object:
@@ -220,6 +227,9 @@ def read_lines(path: Path, log: RowLog) -> Iterator[tuple[dict, str]]:
         if is_first and text.startswith("["):
             log.refuse(DataError(f"{origin}: a JSON array in a {path.suffix} file; name it .json"), text)
             return
+        if is_first and text == "{":
+            log.refuse(DataError(f"{origin}: {MANY_LINES}; validate_jsonl.py --fix joins them"), text)
+            return
         is_first = False
         try:
             row = require_object(decode_json(text, origin), origin)
@@ -252,6 +262,7 @@ def read_array(path: Path, log: RowLog) -> Iterator[tuple[dict, str]]:
     try:
         for value, text, origin in ArrayReader(path).values():
             empty = False
+            log.bytes_read += len(text)
             try:
                 row = require_object(without_surrogates(value, text, origin), origin)
             except DataError as error:

@@ -26,6 +26,7 @@ UTF_16_32 = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+HEADING = rb'"?[^{}\[\]":]{1,60}"?'  # of a table's column
 SAVE = "save it as UTF-8, or validate_jsonl.py --fix does"
 
 
@@ -51,10 +52,9 @@ def file_fault(head: bytes, suffix: str) -> str | None:
     for magic, what in NOT_TEXT.items():
         if begin[: len(magic)].lower() == magic.lower():
             return what
-    line = begin.partition(b"\n")[0]
-    if suffix != ".txt" and line.count(b",") + line.count(b"\t") and not re.search(rb'[{}\[\]":]', line):
-        kind = "CSV" if b"," in line else "TSV"
-        return f"a {kind} table under the name {suffix}; convert_dataset.py makes rows of it"
+    cells = re.split(rb"[,\t]", begin.partition(b"\n")[0].strip())
+    if suffix != ".txt" and len(cells) > 1 and all(re.fullmatch(HEADING, cell) for cell in cells):
+        return f"a table (CSV or TSV) under the name {suffix}; convert_dataset.py makes rows of it"
     return None
 
 

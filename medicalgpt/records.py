@@ -136,7 +136,10 @@ def parse_message(turn: object, where: str, origin: str, *, is_openai: bool) -> 
         raise DataError(f"{origin}: {where}: is {json_type(turn)}; expected an object")
     role = require_text(turn, role_key, origin, where=where)
     if role not in roles:
-        raise DataError(f"{origin}: {where}.{role_key}: is {role!r}; expected {', '.join(roles)}")
+        raise DataError(
+            f"{origin}: {where}.{role_key}: is {role!r}; expected {', '.join(roles)} (convert_dataset.py "
+            "knows other words for them)"
+        )
     if is_openai and role == "assistant" and turn.get("tool_calls"):
         content = turn.get("content") or ""
         return Message(role, content, parse_openai_calls(turn["tool_calls"], f"{where}.tool_calls", origin))

@@ -10,11 +10,15 @@ from medicalgpt.errors import DataError
 class RowLog:
     """Counts what happened to rows, by reason, with the first places of each.
 
+    Attributes:
+        bytes_read: of the files so far.
+
     A stage stops at the first row that cannot be used; a tool that goes on overrides `refuse`.
     """
 
     counts: Counter = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    bytes_read: int = 0
 
     def add(self, reason: str, origin: str) -> None:
         """Count one row under `reason`."""

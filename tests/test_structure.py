@@ -27,7 +27,8 @@ LAUNCHED = {
 }
 LIGHT_MODULES = (
     *("call_rows", "content", "data_files", "errors", "file_faults", "holdout", "launch", "records"),
-    *("rendering", "row_log", "tool_formats"),
+    *("rendering", "row_log", "tool_formats", "kinds", "dialects", "turns", "html_text", "tool_flags"),
+    *("text_repair", "row_fixer"),
 )
 LIGHT = ["template", *(f"medicalgpt.{name}" for name in LIGHT_MODULES)]
 

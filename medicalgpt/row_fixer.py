@@ -1,0 +1,209 @@
+"""Mends data files without guessing, and lists what it cannot mend. Standard library only.
+
+What is certain: encodings, line ends, values that share a line or run over several (`text_repair`); names of
+fields and roles that another dialect uses (`dialects`); zero-width characters; a last question without
+answer. Everything else stays out of the result and stands, with its reason, in the rejects.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from medicalgpt.content import ZERO_WIDTH, check_content
+from medicalgpt.data_files import REJECTS
+from medicalgpt.dialects import Reading, convert_row
+from medicalgpt.errors import ConfigError, DataError
+from medicalgpt.kinds import UNKNOWN, Kind, commonest_kind
+from medicalgpt.row_log import RowLog
+from medicalgpt.text_repair import detect_encoding, lenient_lines, salvage_rows
+
+INVISIBLE = str.maketrans(dict.fromkeys(ZERO_WIDTH))
+
+
+@dataclass(frozen=True)
+class Mended:
+    """A piece of a file: what is written of it, or why nothing is.
+
+    Attributes:
+        line: the line to write; None for a reject.
+    """
+
+    line: str | None
+    origin: str
+    reason: str = ""
+    row: dict | str = ""
+
+
+def fix_files(source: Path, target: Path, kinds: dict[Path, Kind], log: RowLog) -> int:
+    """Write mended copies of files, each beside its place and then renamed.
+
+    Args:
+        source, target: both a file, or both a directory.
+        kinds: the files, with the kind of their rows.
+        log: counts what was mended.
+
+    Returns:
+        How many pieces could not be mended; they stand in `target`.rejects.jsonl.
+
+    Raises:
+        ConfigError: the target cannot be. DataError: nothing is left to write.
+    """
+    places = {path: target_of(path, source, target) for path in kinds}
+    rejects = target.with_name(target.name + REJECTS)
+    num_rows = num_rejects = 0
+    first = ""
+    with ExitStack() as renames:
+        with open_beside(rejects, renames) as rejected:
+            for path, place in places.items():
+                with open_beside(place, renames) as file:
+                    for mended in mend_file(path, kinds[path], log):
+                        if mended.line is None:
+                            reject = {"origin": mended.origin, "reason": mended.reason, "row": mended.row}
+                            rejected.write(json.dumps(reject, ensure_ascii=False) + "\n")
+                            num_rejects += 1
+                            first = first or mended.reason
+                        else:
+                            file.write(mended.line + "\n")
+                            num_rows += bool(mended.line)
+        if not num_rows:
+            renames.pop_all()
+            discard([*places.values(), rejects])
+            raise DataError(
+                f"{first or f'{source}: holds no row'}; nothing can be mended, nothing was written"
+            )
+    if not num_rejects:
+        rejects.unlink()
+    sys.stdout.write(
+        f"--fix: rows_written={num_rows} rows_rejected={num_rejects} "
+        + (f"rejects in {rejects} " if num_rejects else "")
+        + " ".join(f"{reason}={count}" for reason, count in sorted(log.counts.items()))
+        + "\n"
+    )
+    return num_rejects
+
+
+def target_of(path: Path, source: Path, target: Path) -> Path:
+    """Return where the mended copy of a file goes.
+
+    Raises:
+        ConfigError: the target has a suffix that its rows do not fit, or is the source.
+    """
+    suffix = ".txt" if path.suffix == ".txt" else ".jsonl"
+    place = target / path.relative_to(source).with_suffix(suffix) if source.is_dir() else target
+    if place.suffix != suffix:
+        raise ConfigError(f"--fix {target} would hold {suffix} rows; give a name that ends in {suffix}")
+    if place.resolve() == path.resolve():
+        raise ConfigError(f"--fix {target} is the input itself; give another path")
+    return place
+
+
+def unfinished(path: Path) -> Path:
+    """Return the name of a file while it is written."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def open_beside(path: Path, renames: ExitStack) -> TextIO:
+    """Open a file under another name; it gets its own when all is written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    renames.callback(unfinished(path).replace, path)
+    return open(unfinished(path), "w", encoding="utf-8", newline="\n")
+
+
+def discard(paths: list[Path]) -> None:
+    """Remove files that were not finished."""
+    for path in paths:
+        unfinished(path).unlink(missing_ok=True)
+
+
+# ---- one file ----------------------------------------------------------------------------------------------
+
+
+def mend_file(path: Path, kind: Kind, log: RowLog) -> Iterator[Mended]:
+    """Yield every piece of a file."""
+    encoding = detect_encoding(path)
+    if encoding != "utf-8-sig":
+        log.add(f"decoded_from_{encoding}", f"{path}:1")
+    if path.suffix == ".txt":
+        yield from mend_text_file(path, encoding, log)
+        return
+    if kind is UNKNOWN:
+        kind = commonest_kind(row for row, *_ in salvage_rows(path, encoding) if row) or UNKNOWN
+    for row, raw, origin, error in salvage_rows(path, encoding):
+        if row is None:
+            yield Mended(None, origin, str(error), raw)
+            continue
+        try:
+            yield Mended(json.dumps(mend_row(row, origin, kind, log), ensure_ascii=False), origin)
+        except DataError as refusal:
+            yield Mended(None, origin, str(refusal), row)
+
+
+def mend_text_file(path: Path, encoding: str, log: RowLog) -> Iterator[Mended]:
+    """Yield the lines of a text file, decoded, without zero-width characters."""
+    for line, number in lenient_lines(path, encoding):
+        origin, text = f"{path}:{number}", line.translate(INVISIBLE)
+        if text != line:
+            log.add("zero_width_characters_removed", origin)
+        try:
+            if any("\udc80" <= char <= "\udcff" for char in text):
+                raise DataError(f"{origin}: text: bytes that are not UTF-8; mend the line")
+            yield Mended(check_content(text, "text", origin, log), origin)
+        except DataError as refusal:
+            yield Mended(None, origin, str(refusal), text.encode("utf-8", "replace").decode())
+
+
+def mend_row(row: dict, origin: str, kind: Kind, log: RowLog) -> dict:
+    """Return a row that the stages accept.
+
+    Raises:
+        DataError: it cannot be mended without guessing.
+    """
+    visible = without_invisible(row)
+    if visible != row:
+        log.add("zero_width_characters_removed", origin)
+        row = visible
+    dropped = RowLog()
+    try:
+        record = kind.parse(row, origin, dropped)
+    except DataError as refusal:
+        row = translate(row, origin, kind, refusal)
+        record = kind.parse(row, origin, dropped)
+        log.add("names_of_another_dialect_renamed", origin)
+    if record is None:
+        raise DataError(f"{origin}: {', '.join(dropped.counts)}; the stages drop this row")
+    for reason in dropped.counts:
+        log.add(reason, origin)
+    name = next((name for name in ("conversations", "messages") if name in row), None)
+    if name and kind.name == "chat":
+        row = {**row, name: row[name][: len(record.messages)]}
+    return row
+
+
+def translate(row: dict, origin: str, kind: Kind, refusal: DataError) -> dict:
+    """Return a row of another dialect in the toolkit's own words.
+
+    Raises:
+        DataError: it is of no dialect, or would become another kind of row; says what was wrong at first.
+    """
+    try:
+        converted = convert_row(row, origin, Reading())
+    except DataError:
+        raise refusal from None
+    if converted.kind != kind.name or converted.lost:
+        raise refusal
+    return converted.row
+
+
+def without_invisible(value: object) -> object:
+    """Return a JSON value whose texts hold no zero-width characters."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.translate(INVISIBLE)
+    if isinstance(value, list):
+        return [without_invisible(item) for item in value]
+    if isinstance(value, dict):
+        return {key: without_invisible(item) for key, item in value.items()}
+    return value
