@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
 
     # 2. Every row, with the stages' reader.
     findings = examine(files, args)
-    overlap = compare(findings, examine(others, args, tokens=False)) if others else None
+    overlap = count_overlap(findings, examine(others, args, tokens=False)) if others else None
 
     # 3. What was found.
     lines = [*describe(findings), *([overlap] if overlap else [])]
@@ -167,7 +167,7 @@ def batches(records: Iterable[Record]) -> Iterator[list[Record]]:
         yield batch
 
 
-def compare(findings: Findings, other: Findings) -> str:
+def count_overlap(findings: Findings, other: Findings) -> str:
     """Return what two sets of files share, by hashes of their rows and prompts."""
     findings.log.absorb(other.log)
     same, prompts, first = 0, 0, ""
