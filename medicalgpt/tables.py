@@ -1,0 +1,322 @@
+"""Files of rows → (row, `file:line`): JSON, JSON lines, csv, tsv, xlsx and parquet, in bounded memory.
+
+A line that is no row comes as a `BrokenRow` and reading goes on. Standard library only; openpyxl and pyarrow
+are imported where such a file is read.
+"""
+
+import csv
+import datetime
+import decimal
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medicalgpt.data_files import decode_json, read_rows
+from medicalgpt.encodings import PIECE, recognise_encoding
+from medicalgpt.errors import DataError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet")
+TEXT_TYPES = ("string", "large_string", "string_view")  # of Arrow
+MAX_CELL = 1 << 24  # characters
+MAX_RAW = 10_000  # characters that are kept of what is no row
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenRow:
+    """What stands where a row is due."""
+
+    raw: object
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file of rows; `form` is lines, array, csv, xlsx or parquet."""
+
+    path: Path
+    form: str
+    encoding: str | None = None
+    delimiter: str = ","
+
+    @property
+    def is_table(self) -> bool:
+        """Whether all rows have the same columns."""
+        return self.form in ("csv", "xlsx", "parquet")
+
+    def describe(self) -> str:
+        """Return what was found out about the file, for the line on stderr."""
+        parts = [f"encoding {self.encoding}" if self.encoding else f"a {self.form} file"]
+        if self.form == "csv" and self.delimiter != ",":
+            parts.append(f"cells parted by {self.delimiter!r}")
+        return ", ".join(parts)
+
+
+Row = tuple[dict | BrokenRow, str]
+
+
+def describe_source(path: Path, encoding: str | None = None) -> Source:
+    """Return how a file is to be read.
+
+    Raises:
+        DataError: a suffix that is not known, or a file that is not what its name says.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(f"{path}: is a {suffix or 'nameless'} file; expected {', '.join(SUFFIXES)}")
+    if suffix in (".xlsx", ".parquet"):
+        return Source(path, suffix[1:])
+    encoding = recognise_encoding(path, encoding)
+    with open(path, encoding=encoding, newline="") as file:
+        head = file.readline(PIECE)
+        while head.isspace():
+            head = file.readline(PIECE)
+    if suffix in (".csv", ".tsv"):
+        return Source(path, "csv", encoding, "\t" if suffix == ".tsv" else delimiter_of(head))
+    is_array = suffix == ".json" and head.lstrip().startswith("[")
+    return Source(path, "array" if is_array else "lines", encoding)
+
+
+def delimiter_of(header: str) -> str:
+    """Return what parts the columns: the comma, unless the header only falls apart at another character."""
+    columns = {mark: len(next(csv.reader([header], delimiter=mark), [])) for mark in ",;\t|"}
+    return "," if columns[","] > 1 else max(columns, key=columns.get)
+
+
+def read_source(source: Source) -> Iterator[Row]:
+    """Yield (row or BrokenRow, `file:line`) of every row of the file."""
+    readers = {
+        "lines": read_json_lines,
+        "array": read_json_array,
+        "csv": read_csv,
+        "xlsx": read_xlsx,
+        "parquet": read_parquet,
+    }
+    return readers[source.form](source)
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------
+
+
+def read_json_lines(source: Source) -> Iterator[Row]:
+    """Yield the objects of a file that has one on each line."""
+    with open(source.path, encoding=source.encoding, newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            origin = f"{source.path}:{number}"
+            try:
+                value = decode_json(line.strip(), origin)
+            except DataError as error:
+                yield BrokenRow(line.strip()[:MAX_RAW], str(error).removeprefix(f"{origin}: ")), origin
+                continue
+            if not isinstance(value, dict):
+                value = BrokenRow(value, f"a row must be a JSON object, not {type(value).__name__}")
+            yield value, origin
+
+
+def read_json_array(source: Source) -> Iterator[Row]:
+    """Yield the objects of one JSON array; behind a place that is no JSON nothing can be read."""
+    with tempfile.TemporaryDirectory(prefix="medicalgpt-") as directory:
+        path = source.path
+        if source.encoding not in ("utf-8", "utf-8-sig"):
+            path = Path(directory) / "utf8.json"
+            transcode(source, path)
+        rows = read_rows(path)
+        while True:
+            try:
+                row, origin = next(rows)
+            except StopIteration:
+                return
+            except DataError as error:
+                place, _, what = str(error).removeprefix(f"{path}:").partition(": ")
+                reason = f"{what} (the rest of the array was not read)"
+                yield BrokenRow(None, reason), f"{source.path}:{place}"
+                return
+            yield row, f"{source.path}:{origin.rpartition(':')[2]}"
+
+
+def transcode(source: Source, path: Path) -> None:
+    """Write the file as UTF-8, a piece at a time."""
+    with (
+        open(source.path, encoding=source.encoding, newline="") as old,
+        open(path, "w", encoding="utf-8", newline="") as new,
+    ):
+        while piece := old.read(PIECE):
+            new.write(piece)
+
+
+# ---- csv and tsv -------------------------------------------------------------------------------------------
+
+
+class LineTap:
+    """Gives the lines of a file to a csv reader and remembers the beginning of what the row took."""
+
+    def __init__(self, file: Iterator[str]):
+        self.file = file
+        self.taken = ""
+
+    def __iter__(self) -> "LineTap":
+        return self
+
+    def __next__(self) -> str:
+        line = next(self.file)
+        if len(self.taken) < MAX_RAW:
+            self.taken += line[:MAX_RAW]
+        return line
+
+
+def read_csv(source: Source) -> Iterator[Row]:
+    """Yield the rows of a csv or tsv file, all cells as text.
+
+    Raises:
+        DataError: the header cannot be used.
+    """
+    csv.field_size_limit(MAX_CELL)
+    with open(source.path, encoding=source.encoding, newline="") as file:
+        rows = read_cells(source, LineTap(file))
+        header, origin = next(rows, ([], f"{source.path}:1"))
+        if isinstance(header, BrokenRow):
+            raise DataError(f"{origin}: the header: {header.reason}")
+        header = check_header(header, origin)
+        for cells, origin in rows:
+            if isinstance(cells, BrokenRow):
+                yield cells, origin
+            elif len(cells) != len(header):
+                yield BrokenRow(cells, f"has {len(cells)} cells where the header has {len(header)}"), origin
+            else:
+                yield dict(zip(header, cells, strict=True)), origin
+
+
+def read_cells(source: Source, tap: LineTap) -> Iterator[tuple[list[str] | BrokenRow, str]]:
+    """Yield the cells of each row that has any, with the line where the row begins."""
+    reader = csv.reader(tap, delimiter=source.delimiter, strict=True)
+    while True:
+        tap.taken = ""
+        begin = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            reason = csv_fault(str(error), reader.line_num - begin + 1)
+            yield BrokenRow(tap.taken[:MAX_RAW], reason), f"{source.path}:{begin}"
+            continue
+        if any(cell.strip() for cell in cells):
+            yield cells, f"{source.path}:{begin}"
+
+
+def csv_fault(message: str, num_lines: int) -> str:
+    """Return what is wrong with a csv row in the words of someone who has to mend it."""
+    if "end of data" in message:
+        return f"a quote that opens in this row is never closed: it takes the last {num_lines} lines"
+    if "field limit" in message:
+        return f"a cell of more than {MAX_CELL} characters; a quote that opens in this row is not closed"
+    if "expected after" in message:
+        return 'text follows a closing quote; write a quote inside a cell as ""'
+    return message
+
+
+def check_header(cells: Sequence[object], origin: str) -> list[str]:
+    """Return the names of the columns; one without a name is called by its number.
+
+    Raises:
+        DataError: there is no header, or a name stands twice.
+    """
+    names = [str(cell if cell is not None else "").strip() for cell in cells]
+    names = [name or f"column_{number}" for number, name in enumerate(names, 1)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"{origin}: the header has {', '.join(twice)} twice; rename a column")
+    if not names:
+        raise DataError(f"{origin}: the file has no header; the first row must name the columns")
+    return names
+
+
+# ---- workbooks and parquet ---------------------------------------------------------------------------------
+
+
+def read_xlsx(source: Source) -> Iterator[Row]:
+    """Yield the rows of a workbook's first sheet, all cells as text, as a csv of it would have them.
+
+    Raises:
+        DataError: the file is no workbook, or the header cannot be used.
+    """
+    import openpyxl  # noqa: PLC0415  (slow to import; only a workbook needs it)
+
+    try:
+        book = openpyxl.load_workbook(source.path, read_only=True, data_only=True)
+    except Exception as error:  # openpyxl lets errors of zipfile, xml and its own through
+        raise DataError(f"{source.path}: is no .xlsx workbook: {error}") from None
+    try:
+        sheet = book.worksheets[0]
+        sheet.reset_dimensions()  # some programs write wrong ones
+        header: list[str] = []
+        for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
+            origin = f"{source.path}:{number}"
+            texts = [cell_text(cell) for cell in cells]
+            while texts and not texts[-1].strip() and len(texts) > len(header):
+                texts.pop()
+            if not any(text.strip() for text in texts):
+                continue
+            if not header:
+                header = check_header(texts, origin)
+            elif len(texts) > len(header):
+                yield BrokenRow(texts, f"has {len(texts)} cells where the header has {len(header)}"), origin
+            else:
+                yield dict(zip(header, texts + [""] * (len(header) - len(texts)), strict=True)), origin
+    finally:
+        book.close()
+
+
+def cell_text(value: object) -> str:
+    """Return the text of a workbook's cell."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).upper()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def read_parquet(source: Source) -> Iterator[Row]:
+    """Yield the rows of a parquet file, a batch of a row group at a time; the number is that of the row.
+
+    Raises:
+        DataError: the file is no parquet file.
+    """
+    import pyarrow  # noqa: PLC0415  (slow to import; only a parquet file needs it)
+    import pyarrow.parquet  # noqa: PLC0415
+
+    try:
+        with pyarrow.parquet.ParquetFile(source.path) as file:
+            texts = {field.name for field in file.schema_arrow if str(field.type) in TEXT_TYPES}
+            number = 0
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield check_cells(row, texts), f"{source.path}:{number}"
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{source.path}: is no parquet file that can be read: {error}") from None
+
+
+def check_cells(row: dict, texts: set[str]) -> dict | BrokenRow:
+    """Return a parquet row as JSON can hold it: an absent text is empty, another absent value no field."""
+    row = {
+        name: "" if value is None else value
+        for name, value in row.items()
+        if value is not None or name in texts
+    }
+    try:
+        return json.loads(json.dumps(row, default=json_value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        return BrokenRow(repr(row)[:MAX_RAW], f"holds what JSON cannot: {error}")
+
+
+def json_value(value: object) -> str:
+    """Return a date, a time or a decimal number as text."""
+    if isinstance(value, datetime.date | datetime.time | decimal.Decimal):
+        return str(value)
+    raise TypeError(f"a value of type {type(value).__name__}")
