@@ -167,7 +167,7 @@ class RowWriter:
         """Write one row: a line, or in a .json file an element of the array."""
         is_array = self.path.suffix == ".json"
         if self.file is None:
-            self.file = open(self.partial, "x", encoding="utf-8", newline="\n")  # noqa: SIM115
+            self.file = open(self.partial, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
             self.file.write("[\n" if is_array else "")
         elif is_array:
             self.file.write(",\n")
@@ -271,8 +271,8 @@ def main(argv: list[str]) -> None:
 
     # 2. What is it?
     source = describe_source(in_file, args.encoding)
-    if args.data_type != "json2jsonl":
-        logger.info("%s", detect_form(source, reading))
+    form = detect_form(source, reading) if args.data_type != "json2jsonl" else "rows stay as they are"
+    logger.info("%s", form)
 
     # 3. Convert, beside
     with contextlib.ExitStack() as stack:

@@ -23,8 +23,6 @@ REJECTED_FIELDS = ("rejected", "response_rejected")
 QUESTION_FIELDS = ("ask", "question", "query", "q", "prompt", "问题", "提问")
 ANSWER_FIELDS = ("answer", "response", "output", "a", "回答", "答案", "回复")
 SYSTEM_FIELDS = ("system", "system_prompt")
-OUTPUT_FIELDS = ("output", "response")
-INPUT_FIELDS = ("input", "context")
 # An extra field of one of these names would change what a row means.
 TAKEN = {*TURN_FIELDS, *CHOSEN_FIELDS, *REJECTED_FIELDS, *SYSTEM_FIELDS, "history", "tools"}
 DIALECTS = ("alpaca", "qa", "sharegpt", "openai", "dpo", "text")
@@ -87,7 +85,7 @@ def recognise_row(row: dict, origin: str) -> str:
     if turns:
         first = row[turns][0] if isinstance(row[turns], list) and row[turns] else None
         return "openai" if isinstance(first, dict) and {"role", "content"} <= set(first) else "sharegpt"
-    if "instruction" in fields and fields & set(OUTPUT_FIELDS):
+    if "instruction" in fields and fields & {"output", "response"}:
         return "alpaca"
     question = field_among(row, QUESTION_FIELDS, "question", origin)
     answer = field_among(row, ANSWER_FIELDS, "answer", origin)
@@ -108,7 +106,7 @@ def text_of(row: dict, name: str, origin: str) -> str:
     return row[name]
 
 
-def read_system(row: dict, names: Iterable[str], used: set[str], origin: str) -> list[dict]:
+def system_turn(row: dict, names: Iterable[str], used: set[str], origin: str) -> list[dict]:
     """Return the system turn that a field of the row holds, or nothing where it is absent or empty."""
     name = field_among(row, names, "system prompt", origin)
     if name is None:
@@ -120,8 +118,10 @@ def read_system(row: dict, names: Iterable[str], used: set[str], origin: str) ->
 
 def lead_in(row: dict, reading: Reading, used: set[str], origin: str) -> list[dict]:
     """Return the turns of the fields system and history, which come before a row's question."""
-    names = (reading.system_column.lower(),) if reading.system_column else SYSTEM_FIELDS
-    system, history = read_system(row, names, used, origin), []
+    names = SYSTEM_FIELDS
+    if reading.system_column:
+        names = (find_column(row, reading.system_column, (), "system", origin).strip().lower(),)
+    system, history = system_turn(row, names, used, origin), []
     name = field_among(row, ("history",), "history", origin)
     if name:
         used.add(name)
@@ -170,13 +170,15 @@ def read_qa(row: dict, reading: Reading, origin: str) -> tuple[dict, set[str], s
 
 
 def read_alpaca(row: dict, reading: Reading, origin: str) -> tuple[dict, set[str], str]:
-    """instruction, input, output, history, system → (chat row, fields used, note)."""
-    output = field_among(row, OUTPUT_FIELDS, "answer", origin)
-    used: set[str] = set()
-    turns = lead_in(row, reading, used, origin)
-    turns.append({"from": "human", "value": read_instruction(row, used, origin)})
+    """Alpaca fields (Dolly: instruction, context, response) → (chat row, fields used, note)."""
+    output, addition = field_among(row, ("output",), "answer", origin), "input"
+    if output is None:
+        output, addition = field_among(row, ("response",), "answer", origin), "context"
     if output is None:
         raise UnknownFieldsError(f"{origin}: output: missing; the row has {', '.join(row)}")
+    used: set[str] = set()
+    turns = lead_in(row, reading, used, origin)
+    turns.append({"from": "human", "value": read_instruction(row, addition, used, origin)})
     used.add(output)
     answer = {"from": "gpt", "value": text_of(row, output, origin)}
     if not is_empty_answer(answer):
@@ -184,14 +186,14 @@ def read_alpaca(row: dict, reading: Reading, origin: str) -> tuple[dict, set[str
     return {"conversations": turns}, used, f"fields {', '.join(name for name in row if name in used)}"
 
 
-def read_instruction(row: dict, used: set[str], origin: str) -> str:
-    """Return the question of an Alpaca row: the instruction, and the input below it where there is one."""
+def read_instruction(row: dict, addition: str, used: set[str], origin: str) -> str:
+    """Return the question of an Alpaca row: the instruction and below it the input, where there is one."""
     name = field_among(row, ("instruction",), "instruction", origin)
     if name is None:
         raise UnknownFieldsError(f"{origin}: instruction: missing; the row has {', '.join(row)}")
     parts = [text_of(row, name, origin)]
     used.add(name)
-    extra = field_among(row, INPUT_FIELDS, "input", origin)
+    extra = field_among(row, (addition,), "input", origin)
     if extra:
         parts.append(text_of(row, extra, origin))
         used.add(extra)
@@ -248,7 +250,7 @@ def read_pair_prompt(row: dict, reading: Reading, used: set[str], origin: str) -
         return turns
     used.add(name)
     if name.lower() == "instruction":
-        return [*turns, {"from": "human", "value": read_instruction(row, used, origin)}]
+        return [*turns, {"from": "human", "value": read_instruction(row, "input", used, origin)}]
     if isinstance(row[name], str) and name.lower() not in TURN_FIELDS:
         return turns + read_prompt_text(row[name], origin)
     return join_system(turns, read_turns(row[name], name, origin), origin)

@@ -52,6 +52,8 @@ def recognise_encoding(path: Path, chosen: str | None = None) -> str:
             codecs.lookup(chosen)
         except LookupError:
             raise ConfigError(f"--encoding {chosen} is not known; expected utf-8, gb18030, …") from None
+    if marked == "utf-8-sig" and chosen in (None, "utf-8", "utf8", "UTF-8"):
+        chosen = marked  # else the mark would stick to the first column's name
     candidates = [chosen or marked] if chosen or marked else ["utf-8", "gb18030"]
     faults = []
     for name in candidates:

@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 
 UNSEEN = frozenset({"script", "style", "head", "title"})
 BREAKING = frozenset(
-    """address article aside blockquote br dd div dl dt fieldset figure footer form h1 h2 h3 h4 h5 h6 header hr li
-    main nav ol p pre section table tbody tfoot thead tr ul""".split()  # noqa: SIM905  (a list is a page)
+    """address article aside blockquote br dd div dl dt fieldset figure footer form h1 h2 h3 h4 h5 h6 header
+    hr li main nav ol p pre section table tbody tfoot thead tr ul""".split()  # noqa: SIM905  (a list is a page)
 )
 INLINE = frozenset(
     """a abbr acronym b bdi bdo big body button caption center cite code col colgroup del dfn em embed
