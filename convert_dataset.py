@@ -30,7 +30,7 @@ from typing import TextIO
 
 from medicalgpt.dialects import DIALECTS, Reading, UnknownFieldsError, convert_row
 from medicalgpt.errors import ConfigError, DataError, run_script
-from medicalgpt.tables import BrokenRow, Source, describe_source, read_source
+from medicalgpt.tables import MAX_RAW, BrokenRow, Source, describe_source, read_source
 from medicalgpt.tool_flags import parse_tool_arguments
 from medicalgpt.write_back import validate_row, write_back
 
@@ -164,14 +164,19 @@ class RowWriter:
         self.file: TextIO | None = None
 
     def write(self, row: object) -> None:
-        """Write one row: a line, or in a .json file an element of the array."""
-        is_array = self.path.suffix == ".json"
+        """Write one row: a line, or in a .json file an element of the array.
+
+        Raises:
+            ValueError: a number or a character that JSON or UTF-8 cannot hold.
+        """
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        text.encode()
         if self.file is None:
             self.file = open(self.partial, "w", encoding="utf-8", newline="\n")  # noqa: SIM115
-            self.file.write("[\n" if is_array else "")
-        elif is_array:
-            self.file.write(",\n")
-        self.file.write(json.dumps(row, ensure_ascii=False) + ("" if is_array else "\n"))
+        if self.path.suffix == ".json":
+            self.file.write((",\n" if self.num_rows else "[\n") + text)
+        else:
+            self.file.write(text + "\n")
         self.num_rows += 1
 
     def publish(self) -> None:
@@ -242,12 +247,19 @@ def convert_file(
             if isinstance(row, BrokenRow):
                 raise DataError(f"{origin}: {row.reason}")
             rows.write(convert(row, origin, reading, args, tally))
-        except DataError as error:
+        except (DataError, ValueError, RecursionError) as error:  # the latter two: of what JSON cannot hold
             reason = str(error).removeprefix(f"{origin}: ")
             tally.reject(reason)
-            raw = row.raw if isinstance(row, BrokenRow) else row
-            rejects.write({"origin": origin, "reason": reason, "row": raw})
+            reject(rejects, origin, reason, row.raw if isinstance(row, BrokenRow) else row)
     return tally
+
+
+def reject(rejects: RowWriter, origin: str, reason: str, raw: object) -> None:
+    """Write a reject; a row that JSON cannot hold is written as Python shows it."""
+    try:
+        rejects.write({"origin": origin, "reason": reason, "row": raw})
+    except (ValueError, RecursionError):
+        rejects.write({"origin": origin, "reason": ascii(reason)[1:-1], "row": ascii(raw)[:MAX_RAW]})
 
 
 def progress(rows: Iterator) -> Iterator:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from medicalgpt.errors import DataError
 from medicalgpt.html_text import html_to_text
-from medicalgpt.turns import is_empty_answer, is_packed, read_turns
+from medicalgpt.turns import is_empty_answer, is_packed, read_turns, unpack_text
 
 TURN_FIELDS = ("conversations", "conversation", "messages", "dialog", "dialogue")
 CHOSEN_FIELDS = ("chosen", "response_chosen")
@@ -259,8 +259,8 @@ def read_pair_prompt(row: dict, reading: Reading, used: set[str], origin: str) -
 def read_prompt_text(text: str, origin: str) -> list[dict]:
     """Return a question as a turn; a text that ends with the mark of an answer is a whole conversation."""
     if is_packed(text):
-        turns = read_turns(text, "prompt", origin)
-        if turns[-1]["from"] == "human":
+        *turns, last = unpack_text(text, "prompt", origin)
+        if is_empty_answer(last):
             return turns
     return [{"from": "human", "value": text}]
 

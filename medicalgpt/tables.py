@@ -74,8 +74,18 @@ def describe_source(path: Path, encoding: str | None = None) -> Source:
             head = file.readline(PIECE)
     if suffix in (".csv", ".tsv"):
         return Source(path, "csv", encoding, "\t" if suffix == ".tsv" else delimiter_of(head))
-    is_array = suffix == ".json" and head.lstrip().startswith("[")
-    return Source(path, "array" if is_array else "lines", encoding)
+    is_lines = suffix == ".jsonl" or begins_with_row(head)
+    return Source(path, "lines" if is_lines else "array", encoding)
+
+
+def begins_with_row(line: str) -> bool:
+    """Return whether the first line of a .json file is a row: it is then a file of lines."""
+    if not line.endswith("\n") and len(line) >= PIECE:
+        return line.lstrip().startswith("{")
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def delimiter_of(header: str) -> str:
@@ -112,7 +122,8 @@ def read_json_lines(source: Source) -> Iterator[Row]:
                 yield BrokenRow(line.strip()[:MAX_RAW], str(error).removeprefix(f"{origin}: ")), origin
                 continue
             if not isinstance(value, dict):
-                value = BrokenRow(value, f"a row must be a JSON object, not {type(value).__name__}")
+                what = f"a row must be a JSON object, not {type(value).__name__}"
+                value = BrokenRow(value, f"{what}; name the file .json if it is one array")
             yield value, origin
 
 
@@ -176,17 +187,12 @@ def read_csv(source: Source) -> Iterator[Row]:
     csv.field_size_limit(MAX_CELL)
     with open(source.path, encoding=source.encoding, newline="") as file:
         rows = read_cells(source, LineTap(file))
-        header, origin = next(rows, ([], f"{source.path}:1"))
+        header, origin = next(rows, ([], ""))  # a file of blank lines has no rows
         if isinstance(header, BrokenRow):
             raise DataError(f"{origin}: the header: {header.reason}")
         header = check_header(header, origin)
         for cells, origin in rows:
-            if isinstance(cells, BrokenRow):
-                yield cells, origin
-            elif len(cells) != len(header):
-                yield BrokenRow(cells, f"has {len(cells)} cells where the header has {len(header)}"), origin
-            else:
-                yield dict(zip(header, cells, strict=True)), origin
+            yield cells if isinstance(cells, BrokenRow) else table_row(header, cells), origin
 
 
 def read_cells(source: Source, tap: LineTap) -> Iterator[tuple[list[str] | BrokenRow, str]]:
@@ -200,38 +206,47 @@ def read_cells(source: Source, tap: LineTap) -> Iterator[tuple[list[str] | Broke
         except StopIteration:
             return
         except csv.Error as error:
-            reason = csv_fault(str(error), reader.line_num - begin + 1)
+            reason = csv_fault(str(error), begin, reader.line_num)
             yield BrokenRow(tap.taken[:MAX_RAW], reason), f"{source.path}:{begin}"
             continue
         if any(cell.strip() for cell in cells):
             yield cells, f"{source.path}:{begin}"
 
 
-def csv_fault(message: str, num_lines: int) -> str:
-    """Return what is wrong with a csv row in the words of someone who has to mend it."""
+def csv_fault(message: str, begin: int, end: int) -> str:
+    """Return what is wrong with a csv row, which lines it took, and the mend."""
     if "end of data" in message:
-        return f"a quote that opens in this row is never closed: it takes the last {num_lines} lines"
-    if "field limit" in message:
-        return f"a cell of more than {MAX_CELL} characters; a quote that opens in this row is not closed"
-    if "expected after" in message:
-        return 'text follows a closing quote; write a quote inside a cell as ""'
-    return message
+        what = "a quote that opens in this row is never closed"
+    elif "field limit" in message:
+        what = f"a cell has more than {MAX_CELL} characters; probably a quote is not closed"
+    elif "expected after" in message:
+        what = 'text follows a closing quote; write a quote inside a cell as ""'
+    else:
+        what = message
+    return (
+        what if end == begin else f"{what} (lines {begin} to {end} were taken for one row, and are not read)"
+    )
 
 
 def check_header(cells: Sequence[object], origin: str) -> list[str]:
-    """Return the names of the columns; one without a name is called by its number.
+    """Return the names of the columns; a column may have none.
 
     Raises:
-        DataError: there is no header, or a name stands twice.
+        DataError: a name stands twice.
     """
-    names = [str(cell if cell is not None else "").strip() for cell in cells]
-    names = [name or f"column_{number}" for number, name in enumerate(names, 1)]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    names = [str(cell).strip() for cell in cells]
+    twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
         raise DataError(f"{origin}: the header has {', '.join(twice)} twice; rename a column")
-    if not names:
-        raise DataError(f"{origin}: the file has no header; the first row must name the columns")
     return names
+
+
+def table_row(header: list[str], cells: list[str]) -> dict | BrokenRow:
+    """Return the cells by the names of their columns; what has no name gets a number."""
+    if len(cells) != len(header):
+        return BrokenRow(cells, f"has {len(cells)} cells where the header has {len(header)}")
+    named = enumerate(zip(header, cells, strict=True), 1)
+    return {name or f"column_{number}": cell for number, (name, cell) in named if name or cell.strip()}
 
 
 # ---- workbooks and parquet ---------------------------------------------------------------------------------
@@ -262,10 +277,8 @@ def read_xlsx(source: Source) -> Iterator[Row]:
                 continue
             if not header:
                 header = check_header(texts, origin)
-            elif len(texts) > len(header):
-                yield BrokenRow(texts, f"has {len(texts)} cells where the header has {len(header)}"), origin
             else:
-                yield dict(zip(header, texts + [""] * (len(header) - len(texts)), strict=True)), origin
+                yield table_row(header, texts + [""] * (len(header) - len(texts))), origin
     finally:
         book.close()
 
@@ -298,7 +311,7 @@ def read_parquet(source: Source) -> Iterator[Row]:
                 for row in batch.to_pylist():
                     number += 1
                     yield check_cells(row, texts), f"{source.path}:{number}"
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{source.path}: is no parquet file that can be read: {error}") from None
 
 

@@ -20,7 +20,11 @@ TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of the docstring and shows every default."""
+    """Keeps the lines of the docstring and shows every default that is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """Return the help of a flag; None is said in words, if at all."""
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class ToolParser(argparse.ArgumentParser):

@@ -11,6 +11,7 @@ import json
 import re
 
 from medicalgpt.call_rows import parse_openai_calls
+from medicalgpt.data_files import decode_json
 from medicalgpt.errors import DataError
 from template import ToolCall
 
@@ -44,10 +45,7 @@ def read_turns(value: object, where: str, origin: str) -> list[dict]:
         if not value.lstrip().startswith("["):
             turns = unpack_text(value, where, origin)
             return turns[:-1] if is_empty_answer(turns[-1]) else turns
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise DataError(f"{origin}: {where}: begins with [ but is no JSON ({error}); mend it") from None
+        value = decode_json(value.strip(), f"{origin}: {where}")
     if not isinstance(value, list):
         raise DataError(f"{origin}: {where}: is {type(value).__name__}; expected a list of turns")
     check_result_order(value, where, origin)

@@ -483,8 +483,46 @@ def test_csv_rejects_are_named_by_the_line_where_the_row_begins(tmp_path):
         (f"{path}:7", 'q3,"a" b\n'),
         (f"{path}:9", 'q5,"open\nq6,a6\n'),
     ]
-    for reject, reason in zip(rejects, ["1 cells", "closing quote", "never closed"], strict=True):
+    for reject, reason in zip(
+        rejects, ["1 cells", "closing quote", "never closed (lines 9 to 10"], strict=True
+    ):
         assert reason in reject["reason"]
+
+
+def test_a_column_without_name_is_kept_where_it_holds_something(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("ask,answer,\nq,a,\nq,a,note\n", encoding="utf-8")
+    row = {"conversations": turns("q", "a")}
+    assert convert_path(path) == [row, {**row, "column_3": "note"}]
+
+
+@pytest.mark.parametrize("header", ["ask,ask,answer", '"ask,answer'])
+def test_a_header_that_cannot_be_used_is_refused(tmp_path, header):
+    path = tmp_path / "t.csv"
+    path.write_text(f"{header}\nq,a,b\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"t\.csv:1: the header"):
+        convert_path(path)
+
+
+def test_a_json_file_may_hold_lines(tmp_path):
+    assert convert_path(write_lines(tmp_path / "in.json", [GOOD, GOOD])) == [GOOD, GOOD]
+    (tmp_path / "in.json").write_text(json.dumps(GOOD, indent=1), encoding="utf-8")
+    with pytest.raises(DataError, match="must hold one array of objects"):
+        convert_path(tmp_path / "in.json")
+
+
+@pytest.mark.parametrize("name", ["t.xlsx", "t.parquet", "t.jsonl", "t.xls"])
+def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x1f\x8b\x08\x00")
+    with pytest.raises(DataError, match=r"is no \.xlsx|is no parquet|is gzip|is a \.xls file"):
+        convert_path(tmp_path / name)
+
+
+def test_a_number_that_json_cannot_hold_is_a_reject(tmp_path):
+    path = write_lines(tmp_path / "in.jsonl", [GOOD, '{"text": "t", "n": 1e400}\n'])
+    rows, (reject,) = rejects_of(path)
+    assert rows == [GOOD]
+    assert reject["row"] == "{'text': 't', 'n': inf}"
 
 
 def test_a_long_cell_is_read(tmp_path):
