@@ -242,9 +242,7 @@ def read_pair(row: dict, reading: Reading, origin: str) -> tuple[dict, set[str],
 def read_pair_prompt(row: dict, reading: Reading, used: set[str], origin: str) -> list[dict]:
     """Return the turns before the answers, as far as fields of their own hold them."""
     turns = lead_in(row, reading, used, origin)
-    names = (reading.question_column.lower(),) if reading.question_column else (
-        *TURN_FIELDS, *QUESTION_FIELDS, "instruction"
-    )  # fmt: skip
+    names = (*TURN_FIELDS, *QUESTION_FIELDS, "instruction")
     name = field_among(row, names, "prompt", origin)
     if name is None:
         return turns
@@ -303,9 +301,10 @@ def pair_form(prompt: list[dict], chosen: dict, rejected: dict) -> dict:
     alternate = roles == ["human", "gpt"] * (len(turns) // 2) + ["human", "gpt", "gpt"]
     plain_turns = all(set(turn) == {"from", "value"} for turn in [*prompt, chosen, rejected])
     if not (alternate and plain_turns) or system == "":
-        texts = [turn["value"] if turn["from"] == "gpt" and len(turn) == 2 else turn
-                 for turn in (chosen, rejected)]  # fmt: skip
-        return {"conversations": prompt, "chosen": texts[0], "rejected": texts[1]}
+        chosen, rejected = (
+            turn["value"] if turn["from"] == "gpt" and len(turn) == 2 else turn for turn in (chosen, rejected)
+        )
+        return {"conversations": prompt, "chosen": chosen, "rejected": rejected}
     values = [turn["value"] for turn in turns]
     history = [[values[index], values[index + 1]] for index in range(0, len(values) - 1, 2)]
     return {

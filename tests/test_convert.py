@@ -265,6 +265,13 @@ def test_conversations_come_back_whole(tmp_path, form):
     assert convert_rows(tmp_path, written) == rows
 
 
+def test_openai_messages_come_back_as_they_were(tmp_path):
+    (calls,) = convert_rows(tmp_path, [CALL_ROW], "--to", "openai")
+    pair = {"messages": messages("q"), "chosen": messages("q", "c")[1], "rejected": messages("q", "r")[1]}
+    rows = [{"messages": messages("q", "a", "q2"), "id": 1}, calls, pair]
+    assert convert_rows(tmp_path, convert_rows(tmp_path, rows), "--to", "openai") == rows
+
+
 def test_alpaca_rows_are_written_with_history_and_system(tmp_path):
     row = {"conversations": [SYSTEM, *turns("q1", "a1", "q2", "a2")], "id": 7}
     assert convert_rows(tmp_path, [row], "--to", "alpaca") == [
