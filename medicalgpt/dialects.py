@@ -234,7 +234,8 @@ def read_pair(row: dict, reading: Reading, origin: str) -> tuple[dict, set[str],
         raise UnknownFieldsError(f"{origin}: chosen and rejected: missing; the row has {', '.join(row)}")
     used = {chosen, rejected}
     prompt = read_pair_prompt(row, reading, used, origin)
-    answers = [read_answer_turns(row[name], name, bool(prompt), origin) for name in (chosen, rejected)]
+    asked = any(turn["from"] == "human" for turn in prompt)
+    answers = [read_answer_turns(row[name], name, asked, origin) for name in (chosen, rejected)]
     prompt, *answers = split_answers(prompt, *answers, origin)
     return pair_form(prompt, *answers), used, f"answers {chosen}, {rejected}"
 
@@ -283,7 +284,9 @@ def split_answers(
     shared = chosen[: len(same)]
     if len(chosen) != len(shared) + 1 or len(rejected) != len(shared) + 1:
         raise DataError(f"{origin}: chosen and rejected: differ in more than their last turn; split the row")
-    if prompt and shared:
+    if shared and [turn["from"] for turn in prompt] == ["system"]:
+        shared = join_system(prompt, shared, origin)
+    elif prompt and shared:
         longer, shorter = sorted((prompt, shared), key=len, reverse=True)
         if longer[-len(shorter) :] != shorter:
             raise DataError(f"{origin}: chosen: begins with another prompt than the row's own; remove one")

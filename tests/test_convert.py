@@ -180,6 +180,10 @@ PAIRS = {
         {"prompt": "q", "chosen": messages("q", "c"), "rejected": messages("q", "r")},
         PAIR,
     ),
+    "system beside whole conversations": (
+        {"system": "S", "chosen": messages("q", "c"), "rejected": messages("q", "r")},
+        {"system": "S", **PAIR},
+    ),
     "common prefix of several turns": (
         {"chosen": messages("q1", "a1", "q", "c"), "rejected": messages("q1", "a1", "q", "r")},
         {"history": [["q1", "a1"]], **PAIR},
