@@ -270,7 +270,7 @@ def read_array(path: Path, log: RowLog) -> Iterator[tuple[dict, str]]:
                 continue
             yield row, origin
     except DataError as error:
-        log.refuse(error)
+        log.refuse(DataError(f"{error} (nothing behind it was read)"))
         return
     if empty:
         log.refuse(DataError(f"{path}:1: the file holds no row; remove it or fill it"))

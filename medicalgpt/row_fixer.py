@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from medicalgpt.content import ZERO_WIDTH, check_content
 from medicalgpt.data_files import REJECTS
@@ -19,6 +18,7 @@ from medicalgpt.dialects import Reading, convert_row
 from medicalgpt.errors import ConfigError, DataError
 from medicalgpt.kinds import UNKNOWN, Kind, commonest_kind
 from medicalgpt.row_log import RowLog
+from medicalgpt.row_writer import RowWriter
 from medicalgpt.text_repair import detect_encoding, lenient_lines, salvage_rows
 
 INVISIBLE = str.maketrans(dict.fromkeys(ZERO_WIDTH))
@@ -39,7 +39,7 @@ class Mended:
 
 
 def fix_files(source: Path, target: Path, kinds: dict[Path, Kind], log: RowLog) -> int:
-    """Write mended copies of files, each beside its place and then renamed.
+    """Write mended copies of files.
 
     Args:
         source, target: both a file, or both a directory.
@@ -52,38 +52,31 @@ def fix_files(source: Path, target: Path, kinds: dict[Path, Kind], log: RowLog) 
     Raises:
         ConfigError: the target cannot be. DataError: nothing is left to write.
     """
-    places = {path: target_of(path, source, target) for path in kinds}
-    rejects = target.with_name(target.name + REJECTS)
-    num_rows = num_rejects = 0
-    first = ""
-    with ExitStack() as renames:
-        with open_beside(rejects, renames) as rejected:
-            for path, place in places.items():
-                with open_beside(place, renames) as file:
-                    for mended in mend_file(path, kinds[path], log):
-                        if mended.line is None:
-                            reject = {"origin": mended.origin, "reason": mended.reason, "row": mended.row}
-                            rejected.write(json.dumps(reject, ensure_ascii=False) + "\n")
-                            num_rejects += 1
-                            first = first or mended.reason
-                        else:
-                            file.write(mended.line + "\n")
-                            num_rows += bool(mended.line)
+    with ExitStack() as stack:
+        rejects = RowWriter(target.with_name(target.name + REJECTS))
+        writers = {path: RowWriter(target_of(path, source, target)) for path in kinds}
+        for writer in (rejects, *writers.values()):
+            stack.callback(writer.discard)
+        first = ""
+        for path, writer in writers.items():
+            writer.path.parent.mkdir(parents=True, exist_ok=True)
+            for mended in mend_file(path, kinds[path], log):
+                if mended.line is not None:
+                    writer.write_text(mended.line)
+                    continue
+                rejects.write({"origin": mended.origin, "reason": mended.reason, "row": mended.row})
+                first = first or mended.reason
+        num_rows = sum(writer.num_rows for writer in writers.values())
         if not num_rows:
-            renames.pop_all()
-            discard([*places.values(), rejects])
             raise DataError(
                 f"{first or f'{source}: holds no row'}; nothing can be mended, nothing was written"
             )
-    if not num_rejects:
-        rejects.unlink()
-    sys.stdout.write(
-        f"--fix: rows_written={num_rows} rows_rejected={num_rejects} "
-        + (f"rejects in {rejects} " if num_rejects else "")
-        + " ".join(f"{reason}={count}" for reason, count in sorted(log.counts.items()))
-        + "\n"
-    )
-    return num_rejects
+        for writer in (rejects, *writers.values()):
+            writer.publish()
+    where = f" rejects in {rejects.path}" if rejects.num_rows else ""
+    mended_rows = "".join(f" {reason}={count}" for reason, count in sorted(log.counts.items()))
+    sys.stdout.write(f"--fix: rows_written={num_rows} rows_rejected={rejects.num_rows}{where}{mended_rows}\n")
+    return rejects.num_rows
 
 
 def target_of(path: Path, source: Path, target: Path) -> Path:
@@ -99,24 +92,6 @@ def target_of(path: Path, source: Path, target: Path) -> Path:
     if place.resolve() == path.resolve():
         raise ConfigError(f"--fix {target} is the input itself; give another path")
     return place
-
-
-def unfinished(path: Path) -> Path:
-    """Return the name of a file while it is written."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def open_beside(path: Path, renames: ExitStack) -> TextIO:
-    """Open a file under another name; it gets its own when all is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    renames.callback(unfinished(path).replace, path)
-    return open(unfinished(path), "w", encoding="utf-8", newline="\n")
-
-
-def discard(paths: list[Path]) -> None:
-    """Remove files that were not finished."""
-    for path in paths:
-        unfinished(path).unlink(missing_ok=True)
 
 
 # ---- one file ----------------------------------------------------------------------------------------------

@@ -5,20 +5,19 @@ are parted; a value that runs over several lines, as editors indent it, is joine
 with the same value stands once.
 """
 
-import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from medicalgpt.data_files import (
     BLANKS,
-    CHUNK_BYTES,
     json_fault,
     reason,
     reject_constant,
     require_object,
     without_surrogates,
 )
+from medicalgpt.encodings import decoding_fault
 from medicalgpt.errors import DataError
 from medicalgpt.file_faults import HEAD_BYTES, SAVE, file_fault, line_fault, wide_encoding
 
@@ -32,15 +31,9 @@ def detect_encoding(path: Path) -> str:
     wide = wide_encoding(head)
     if wide:
         return wide.lower()
-    for name in ("utf-8-sig", "gbk", "gb18030"):
-        if name == "utf-8-sig" or reads_as_chinese(path):
-            try:
-                for _ in decoded_chunks(path, name):
-                    pass
-            except UnicodeDecodeError:
-                continue
-            return name
-    return "utf-8-sig"
+    if decoding_fault(path, "utf-8") is None or not reads_as_chinese(path):
+        return "utf-8-sig"
+    return "utf-8-sig" if decoding_fault(path, "gb18030") else "gb18030"
 
 
 def reads_as_chinese(path: Path) -> bool:
@@ -52,15 +45,6 @@ def reads_as_chinese(path: Path) -> bool:
             except UnicodeDecodeError as error:
                 return line_fault(raw, error)[1]
     return False
-
-
-def decoded_chunks(path: Path, encoding: str) -> Iterator[str]:
-    """Yield a file's text piece by piece, strictly decoded."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            yield decoder.decode(chunk)
-        yield decoder.decode(b"", final=True)
 
 
 def lenient_lines(path: Path, encoding: str) -> Iterator[tuple[str, int]]:

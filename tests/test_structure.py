@@ -26,10 +26,12 @@ LAUNCHED = {
     if (match := re.search(r"torchrun --nproc_per_node 2 (\w+\.py)", path.read_text(encoding="utf-8")))
 }
 LIGHT_MODULES = (
-    *("call_rows", "content", "data_files", "errors", "file_faults", "holdout", "launch", "records"),
-    *("rendering", "row_log", "tool_formats", "kinds", "dialects", "turns", "html_text", "tool_flags"),
-    *("text_repair", "row_fixer"),
+    *("call_rows", "content", "data_files", "dialects", "encodings", "errors", "file_faults", "holdout"),
+    *("html_text", "kinds", "launch", "records", "rendering", "row_fixer", "row_log", "row_writer", "tables"),
+    *("text_repair", "tool_flags", "tool_formats", "turns", "write_back"),
 )
+# what may wait in a function: workbooks and parquet files
+LAZY = {"medicalgpt.tables": {"openpyxl", "pyarrow", "pyarrow.parquet"}}
 LIGHT = ["template", *(f"medicalgpt.{name}" for name in LIGHT_MODULES)]
 
 
@@ -83,13 +85,13 @@ def test_the_package_imports_no_script_but_template(path):
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_what_tools_need_is_made_of_the_standard_library(name):
-    """One import may wait in its function: `datasets`, for rows that come from a hub."""
+    """What LAZY names may wait in its function."""
     path = ROOT / f"{name.replace('.', '/')}.py"
     foreign = {
         wanted for wanted in imports(path) if wanted.partition(".")[0] not in sys.stdlib_module_names
     } - set(LIGHT)
-    assert foreign <= ({"datasets"} if name == "medicalgpt.records" else set())
-    assert "datasets" not in imports(path, lazy=False)
+    assert foreign <= LAZY.get(name, set())
+    assert not LAZY.get(name, set()) & imports(path, lazy=False)
 
 
 def test_the_template_imports_nothing_of_the_project():
@@ -98,7 +100,7 @@ def test_the_template_imports_nothing_of_the_project():
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_what_tools_need_loads_no_library(name):
-    code = f"import sys, {name}; print(sorted({{'torch', 'transformers', 'numpy', 'datasets'}} & set(sys.modules)))"
+    code = f"import sys, {name}; print(sorted({{'torch', 'transformers', 'numpy', 'datasets', 'openpyxl', 'pyarrow'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
