@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from medicalgpt.errors import DataError
 from medicalgpt.html_text import html_to_text
-from medicalgpt.turns import is_empty_answer, is_packed, read_turns, unpack_text
+from medicalgpt.turns import is_dialogue, is_empty_answer, is_packed, is_tagged, read_turns, unpack_text
 
 TURN_FIELDS = ("conversations", "conversation", "messages", "dialog", "dialogue")
 CHOSEN_FIELDS = ("chosen", "response_chosen")
@@ -86,11 +86,13 @@ def recognise_row(row: dict, origin: str) -> str:
         first = row[turns][0] if isinstance(row[turns], list) and row[turns] else None
         return "openai" if isinstance(first, dict) and {"role", "content"} <= set(first) else "sharegpt"
     if "instruction" in fields and fields & {"output", "response"}:
-        return "alpaca"
-    question = field_among(row, QUESTION_FIELDS, "question", origin)
+        return "dpo" if is_comparison(row.get("output")) else "alpaca"
+    question = field_among(row, question_names(row), "question", origin)
     answer = field_among(row, ANSWER_FIELDS, "answer", origin)
     if question and answer:
         return "qa"
+    if is_tagged(row.get("text")) or is_dialogue(row.get("data")):
+        return "sharegpt"
     if "text" in fields:
         return "text"
     raise UnknownFieldsError(
@@ -139,6 +141,12 @@ def join_system(system: list[dict], turns: list[dict], origin: str) -> list[dict
     return system + turns
 
 
+def question_names(row: dict) -> tuple[str, ...]:
+    """Return the names a question's column may have: `input` is one beside a plain `output` only."""
+    plain = not any(key.strip().lower() in (*QUESTION_FIELDS, "instruction") for key in row)
+    return ("input",) if plain else QUESTION_FIELDS
+
+
 def find_column(row: dict, chosen: str | None, names: tuple[str, ...], purpose: str, origin: str) -> str:
     """Return the column that a flag names or, without the flag, the one whose name says it.
 
@@ -159,7 +167,7 @@ def find_column(row: dict, chosen: str | None, names: tuple[str, ...], purpose: 
 
 def read_qa(row: dict, reading: Reading, origin: str) -> tuple[dict, set[str], str]:
     """Question and answer columns, perhaps system and history → (chat row, fields used, note)."""
-    question = find_column(row, reading.question_column, QUESTION_FIELDS, "question", origin)
+    question = find_column(row, reading.question_column, question_names(row), "question", origin)
     answer = find_column(row, reading.answer_column, ANSWER_FIELDS, "answer", origin)
     used = {question, answer}
     turns = lead_in(row, reading, used, origin) + read_prompt_text(text_of(row, question, origin), origin)
@@ -178,7 +186,7 @@ def read_alpaca(row: dict, reading: Reading, origin: str) -> tuple[dict, set[str
         raise UnknownFieldsError(f"{origin}: output: missing; the row has {', '.join(row)}")
     used: set[str] = set()
     turns = lead_in(row, reading, used, origin)
-    turns.append({"from": "human", "value": read_instruction(row, addition, used, origin)})
+    turns += read_prompt_text(read_instruction(row, addition, used, origin), origin)
     used.add(output)
     answer = {"from": "gpt", "value": text_of(row, output, origin)}
     if not is_empty_answer(answer):
@@ -203,8 +211,8 @@ def read_instruction(row: dict, addition: str, used: set[str], origin: str) -> s
 def read_chat(row: dict, reading: Reading, origin: str) -> tuple[dict, set[str], str]:
     """A list of turns, or one text of them → (chat row, fields used, note)."""
     name = field_among(row, TURN_FIELDS, "turns", origin)
-    if name is None and reading.dialect:  # text is taken for a conversation only where the user says so
-        name = field_among(row, ("text",), "turns", origin)
+    if name is None:
+        name = field_among(row, ("data",) if is_dialogue(row.get("data")) else ("text",), "turns", origin)
     if name is None:
         raise UnknownFieldsError(f"{origin}: conversations: missing; the row has {', '.join(row)}")
     used = {name}
@@ -228,16 +236,23 @@ def read_document(row: dict, reading: Reading, origin: str) -> tuple[dict, set[s
 
 def read_pair(row: dict, reading: Reading, origin: str) -> tuple[dict, set[str], str]:
     """A prompt, a better and a worse answer in any of the older forms → (pair row, fields used, note)."""
+    if is_comparison(row.get("output")):
+        row = {**row, "chosen": row["output"][0], "rejected": row["output"][1]}
     chosen = field_among(row, CHOSEN_FIELDS, "better answer", origin)
     rejected = field_among(row, REJECTED_FIELDS, "worse answer", origin)
     if chosen is None or rejected is None:
         raise UnknownFieldsError(f"{origin}: chosen and rejected: missing; the row has {', '.join(row)}")
-    used = {chosen, rejected}
+    used = {chosen, rejected} | ({"output"} if is_comparison(row.get("output")) else set())
     prompt = read_pair_prompt(row, reading, used, origin)
     asked = any(turn["from"] == "human" for turn in prompt)
     answers = [read_answer_turns(row[name], name, asked, origin) for name in (chosen, rejected)]
     prompt, *answers = split_answers(prompt, *answers, origin)
     return pair_form(prompt, *answers), used, f"answers {chosen}, {rejected}"
+
+
+def is_comparison(output: object) -> bool:
+    """Return whether an output is [better, worse], as LLaMA-Factory wrote pairs before it had two fields."""
+    return isinstance(output, list) and len(output) == 2 and all(isinstance(text, str) for text in output)
 
 
 def read_pair_prompt(row: dict, reading: Reading, used: set[str], origin: str) -> list[dict]:

@@ -11,14 +11,14 @@ import json
 import re
 
 from medicalgpt.call_rows import parse_openai_calls
-from medicalgpt.data_files import decode_json
+from medicalgpt.data_files import decode_json, json_type
 from medicalgpt.errors import DataError
 from template import ToolCall
 
 ROLES = {
     **dict.fromkeys(("human", "user", "用户", "问"), "human"),
     **dict.fromkeys(("gpt", "assistant", "bot", "助手", "答"), "gpt"),
-    **dict.fromkeys(("system", "系统"), "system"),
+    **dict.fromkeys(("system", "developer", "系统"), "system"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
     **dict.fromkeys(("observation", "tool", "function", "tool_response"), "observation"),
 }
@@ -47,7 +47,9 @@ def read_turns(value: object, where: str, origin: str) -> list[dict]:
             return turns[:-1] if is_empty_answer(turns[-1]) else turns
         value = decode_json(value.strip(), f"{origin}: {where}")
     if not isinstance(value, list):
-        raise DataError(f"{origin}: {where}: is {type(value).__name__}; expected a list of turns")
+        raise DataError(f"{origin}: {where}: is {json_type(value)}; expected a list of turns")
+    if value and all(isinstance(turn, str) for turn in value):
+        return read_turns("\n".join(value), where, origin)
     check_result_order(value, where, origin)
     return [read for index, turn in enumerate(value) for read in read_turn(turn, f"{where}[{index}]", origin)]
 
@@ -57,9 +59,7 @@ def read_turn(turn: object, where: str, origin: str) -> list[dict]:
     if isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
         return [{"from": role, "value": text} for role, text in zip(("human", "gpt"), turn, strict=True)]
     if not isinstance(turn, dict):
-        raise DataError(
-            f"{origin}: {where}: is {type(turn).__name__}; expected an object with from and value"
-        )
+        raise DataError(f"{origin}: {where}: is {json_type(turn)}; expected an object with from and value")
     turn = {key: value for key, value in turn.items() if value is not None}
     role_key = only_key(turn, ROLE_KEYS, where, origin)
     if role_key is None:
@@ -115,7 +115,7 @@ def read_content(value: object, role: str, where: str, origin: str) -> str:
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, list) and value and all(is_text_part(part) for part in value):
         return "".join(part["text"] for part in value)
-    raise DataError(f"{origin}: {where}: is {type(value).__name__}; expected a string")
+    raise DataError(f"{origin}: {where}: is {json_type(value)}; expected a string")
 
 
 def is_text_part(part: object) -> bool:
@@ -183,6 +183,21 @@ def text_marks(text: str) -> list[re.Match]:
         if marks and not text[: marks[0].start()].strip() and ROLES[marks[0][1].lower()] != "gpt":
             return marks
     return []
+
+
+def is_tagged(text: object) -> bool:
+    """Return whether a text is a conversation beyond doubt: `<user>: … <bot>: …`."""
+    return isinstance(text, str) and TAGS.match(text.lstrip()) is not None and is_packed(text)
+
+
+def is_dialogue(value: object) -> bool:
+    """Return whether a list of texts is a conversation, as HuatuoGPT writes it: ["问：…", "答：…"]."""
+    return (
+        isinstance(value, list)
+        and len(value) > 1
+        and all(isinstance(text, str) for text in value)
+        and is_packed("\n".join(value))
+    )
 
 
 def is_packed(text: str) -> bool:

@@ -670,3 +670,52 @@ def test_tool_flags_read_numbers_and_leave_defaults():
         parse_tool_arguments(Flags, [], "")
     with pytest.raises(ConfigError, match="--count: invalid int value"):
         parse_tool_arguments(Flags, ["--path", "x", "--count", "many"], "")
+
+
+# ---- forms of well-known data sets -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {
+                "instruction": "Human: 头痛\nAssistant: 多久了\nHuman: 三天\nAssistant:",
+                "input": "",
+                "output": "看医生",
+            },
+            {"conversations": turns("头痛", "多久了", "三天", "看医生")},
+        ),
+        (
+            {"data": ["问：头痛", "答：多久了", "问：三天", "答：看医生"]},
+            {"conversations": turns("头痛", "多久了", "三天", "看医生")},
+        ),
+        (
+            {"text": "<user>: 头痛 <bot>: 多久了 <user>: 三天 <bot>: 看医生"},
+            {"conversations": turns("头痛", "多久了", "三天", "看医生")},
+        ),
+        ({"input": "q", "output": "a"}, {"conversations": turns("q", "a")}),
+        (
+            {"instruction": "q", "input": "i", "output": ["good", "bad"]},
+            {"question": "q\ni", "response_chosen": "good", "response_rejected": "bad"},
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "developer", "content": "s"},
+                    {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                    {"role": "assistant", "content": "a"},
+                ]
+            },
+            {"conversations": [{"from": "system", "value": "s"}, *turns("q", "a")]},
+        ),
+    ],
+    ids=["belle", "huatuogpt", "tagged-text", "input-output", "comparison", "developer"],
+)
+def test_forms_of_well_known_data_sets_are_recognised(tmp_path, row, expected):
+    assert convert_rows(tmp_path, [row]) == [expected]
+
+
+def test_a_text_that_only_quotes_a_dialogue_stays_a_text(tmp_path):
+    row = {"text": "The form <user>: … <bot>: … was used before.\n问：什么是发烧？\n答：体温升高。"}
+    assert convert_rows(tmp_path, [row]) == [row]
