@@ -1,5 +1,6 @@
 """validate_jsonl.py says of every file what the stages say; what it mends validates; what it counts is so."""
 
+import copy
 import gzip
 import json
 import random
@@ -235,3 +236,157 @@ def test_a_file_that_the_stage_refuses_is_refused_at_the_same_line(
     assert fault in message
     assert message.split(" (the first of")[0] in capsys.readouterr().out
     assert place(path, stage(path, kind)) == str(number)
+
+
+# ---- mutated lines -----------------------------------------------------------------------------------------
+
+PIECES = [*'"{}[],:\\\n\r\0 0é', "\x85", "\u2028", "\u200b", "\ufeff", "null", '{"a": 1}', "</s>", "\\ud800", "\\u00"]
+VALUES = [None, True, 0, 1.5, "", " ", "x", [], ["x"], {}, {"from": "gpt"}, [["q", "a"]]]
+ROLES = ["human", "gpt", "system", "observation", "function_call", "user", "assistant", "tool", "Human", ""]
+ROWS = {
+    "text": [json.loads(TEXT)],
+    "chat": [
+        json.loads(share("system s", "human q", f"function_call {CALL}", "observation r", "gpt a", tools=[TOOL])),
+        json.loads(openai("user q", "assistant a", "user q", "assistant a")),
+        json.loads(line(instruction="q", input="i", output="a", history=[["q", "a"]])),
+        {**called(), "tools": [TOOL]},
+    ],
+    "pair": [
+        json.loads(pair(history=[["q", "a"]])),
+        json.loads(share("human q", chosen={"from": "gpt", "value": "a"}, rejected="b")),
+    ],
+}  # fmt: skip
+
+
+def containers(value: object) -> list:
+    """Return every object and list in a JSON value that holds something."""
+    if not isinstance(value, dict | list):
+        return []
+    inner = value.values() if isinstance(value, dict) else value
+    return ([value] if value else []) + [found for item in inner for found in containers(item)]
+
+
+def mutated(row: dict, generator: random.Random) -> bytes:
+    """Return a row's line with one to three changes to its values, or to its characters or bytes."""
+    text = json.dumps(row, ensure_ascii=False)
+    if generator.random() < 0.5:
+        row = json.loads(text)
+        for _ in range(generator.randint(1, 2)):
+            box = generator.choice(containers(row) or [{}])
+            key = generator.choice(list(box) if isinstance(box, dict) else range(len(box))) if box else "text"
+            if generator.random() < 0.3 and box:
+                del box[key]
+            else:
+                values = ROLES if key in ("from", "role") else VALUES
+                box[key] = copy.deepcopy(generator.choice(values))
+        return json.dumps(row, ensure_ascii=False).encode()
+    for _ in range(generator.randint(1, 3)):
+        begin = generator.randrange(len(text) + 1)
+        end = min(len(text), begin + generator.choice([0, 0, 1, 1, 5, len(text)]))
+        text = text[:begin] + generator.choice([*PIECES, "", "", text[begin:end] * 2]) + text[end:]
+    raw = text.encode()
+    at = generator.randrange(len(raw) + 1)
+    raw = raw[:at] + b"\xff" + raw[at:] if generator.random() < 0.1 else raw
+    return mutated(row, generator) if re.search(rb"^\{\s*\n", raw) else raw  # see the lone brace below
+
+
+def contents(path: Path, kind: str) -> list[str]:
+    """Return the good rows of a file, without their places and zero-width characters."""
+    records = iterate_records([path], KINDS[kind].parse, SilentLog())
+    return [re.sub(r"\\u200b|\\ufeff|[\u200b\ufeff]", "", repr(replace(one, origin=""))) for one in records]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_validator_and_stage_agree_on_mutated_lines_and_the_mend_loses_no_good_row(tmp_path, capsys, seed):
+    """50 files of 20 rows with one mutated line. Only DataError escapes; what --fix writes is good."""
+    generator = random.Random(seed)
+    for number in range(50):
+        kind = generator.choice(list(ROWS))
+        rows = [json.dumps(generator.choice(ROWS[kind])).encode() for _ in range(20)]
+        rows[generator.randrange(20)] = mutated(generator.choice(ROWS[kind]), generator)
+        path = write(tmp_path, b"\n".join(rows), f"{number}.jsonl")
+        code, message = validate(path)
+        refusal = stage(path, kind)
+        assert (code == 3) == bool(refusal), (path, message, refusal)
+        assert not refusal or place(path, message) == place(path, refusal) != "no place", (message, refusal)
+        mended = tmp_path / f"{number}.mended.jsonl"
+        code, message = validate(path, "--fix", mended)
+        assert validate(mended) == (0, ""), path
+        assert mended.with_name(mended.name + ".rejects.jsonl").exists() == (code == 3) == bool(message)
+        left = contents(mended, kind)
+        for good in contents(path, kind):
+            assert good in left, path
+            left.remove(good)
+        assert path.read_bytes() == b"\n".join(rows)
+    assert not list(tmp_path.glob(".*"))
+
+
+# ---- the readers of lines and arrays -----------------------------------------------------------------------
+
+
+def random_array(generator: random.Random) -> str:
+    """Return the text of an array of objects, with line ends and spaces wherever JSON allows them."""
+    words = ["a", "发热", "😀", "\\ud83d\\ude00", "\\n", '\\"', "]", "},", "\u2028", ""]
+    values = [*(f'"{word}"' for word in words), "-1.5e3", "120", "true", "null", "[ ]", '{"a":[{"b":1}]}']
+    spaces = ["", "", " ", "\n", "\r\n", "\t\n\n"]
+    rows = []
+    for index in range(generator.randint(1, 6)):
+        gaps = generator.choices(spaces, k=5)
+        rows.append(f'{gaps[0]}{{{gaps[1]}"k{index}"{gaps[2]}:{generator.choice(values)}{gaps[3]}}}{gaps[4]}')
+    return f"{generator.choice(spaces)}[{','.join(rows)}]{generator.choice(spaces)}"
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 64])
+def test_an_array_reads_as_json_reads_it_wherever_the_chunks_end(tmp_path, monkeypatch, chunk_bytes):
+    """The line of a row is that of its brace: one more than the line feeds before it."""
+    monkeypatch.setattr(data_files, "CHUNK_BYTES", chunk_bytes)
+    generator = random.Random(chunk_bytes)
+    for _ in range(60):
+        text = random_array(generator)
+        path = write(tmp_path, text, "a.json")
+        found = list(ArrayReader(path).values())
+        assert [value for value, *_ in found] == json.loads(text)
+        begins = [text.rindex("{", 0, text.index(f'"k{index}"')) for index in range(len(found))]
+        assert [place for *_, place in found] == [f"{path}:{1 + text[:at].count(chr(10))}" for at in begins]
+
+
+def read_array(path: Path) -> tuple[list, str]:
+    """Return (the values of an array, the refusal of what follows)."""
+    values = []
+    try:
+        for value, *_ in ArrayReader(path).values():
+            values.append(value)
+    except DataError as error:
+        return values, str(error)
+    return values, ""
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7])
+def test_a_broken_array_is_refused_in_the_same_words_wherever_the_chunks_end(
+    tmp_path, monkeypatch, chunk_bytes
+):
+    generator = random.Random(5)
+    for _ in range(300):
+        text = random_array(generator)
+        at = generator.randrange(len(text))
+        text = text[:at] + generator.choice(["", "x", ",", "]", '"', "\0", "}"]) + text[at + 1 :]
+        path = write(tmp_path, text, "a.json")
+        monkeypatch.setattr(data_files, "CHUNK_BYTES", 1 << 20)
+        values, refusal = read_array(path)
+        try:
+            expected = json.loads(text)
+        except ValueError:
+            assert place(path, refusal).isdigit(), text
+        else:
+            assert (values, refusal) == (expected, "")
+        monkeypatch.setattr(data_files, "CHUNK_BYTES", chunk_bytes)
+        assert read_array(path)[1] == refusal, text
+
+
+def test_lines_are_those_that_line_feeds_part(tmp_path):
+    generator = random.Random(0)
+    for _ in range(200):
+        text = "x" + "".join(generator.choices(["a", "发", "\n", "\r\n", "\r", "\x85", "\u2028", "\v"], k=30))
+        lines = text.removesuffix("\n").split("\n")
+        expected = [(one.removesuffix("\r"), number) for number, one in enumerate(lines, 1)]
+        assert list(read_text_lines(write(tmp_path, text, "a.txt"), RowLog())) == expected
