@@ -5,23 +5,16 @@ import gzip
 import json
 import random
 import re
-import subprocess
-import sys
-import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import validate_jsonl
 from medicalgpt import data_files
 from medicalgpt.data_files import ArrayReader, read_text_lines
-from medicalgpt.documents import encode_texts
 from medicalgpt.errors import ConfigError, DataError
 from medicalgpt.kinds import KINDS, SilentLog
-from medicalgpt.near_duplicates import NearDuplicates
-from medicalgpt.records import Chat, Message, Text, iterate_records, read_records
+from medicalgpt.records import iterate_records, read_records
 from medicalgpt.row_log import RowLog
-from medicalgpt.tokenization import IGNORE_INDEX, ChatEncoder, ChatFormat
-from template import TEMPLATES
 
 import pytest
 
@@ -240,7 +233,18 @@ def test_a_file_that_the_stage_refuses_is_refused_at_the_same_line(
 
 # ---- mutated lines -----------------------------------------------------------------------------------------
 
-PIECES = [*'"{}[],:\\\n\r\0 0é', "\x85", "\u2028", "\u200b", "\ufeff", "null", '{"a": 1}', "</s>", "\\ud800", "\\u00"]
+PIECES = [
+    *'"{}[],:\\\n\r\0 0é',
+    "\x85",
+    "\u2028",
+    "\u200b",
+    "\ufeff",
+    "null",
+    '{"a": 1}',
+    "</s>",
+    "\\ud800",
+    "\\u00",
+]
 VALUES = [None, True, 0, 1.5, "", " ", "x", [], ["x"], {}, {"from": "gpt"}, [["q", "a"]]]
 ROLES = ["human", "gpt", "system", "observation", "function_call", "user", "assistant", "tool", "Human", ""]
 ROWS = {
@@ -287,7 +291,10 @@ def mutated(row: dict, generator: random.Random) -> bytes:
     raw = text.encode()
     at = generator.randrange(len(raw) + 1)
     raw = raw[:at] + b"\xff" + raw[at:] if generator.random() < 0.1 else raw
-    return mutated(row, generator) if re.search(rb"^\{\s*\n", raw) else raw  # see the lone brace below
+    # A line `{` is left to test_validate_bugs.py.
+    return (
+        mutated(row, generator) if "{" in map(str.strip, raw.decode("utf-8", "ignore").split("\n")) else raw
+    )
 
 
 def contents(path: Path, kind: str) -> list[str]:

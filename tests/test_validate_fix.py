@@ -8,7 +8,6 @@ import sys
 import tracemalloc
 from pathlib import Path
 
-import validate_jsonl
 from medicalgpt.documents import encode_texts
 from medicalgpt.kinds import KINDS
 from medicalgpt.near_duplicates import NearDuplicates
@@ -18,7 +17,20 @@ from medicalgpt.tokenization import IGNORE_INDEX, ChatEncoder, ChatFormat
 from template import TEMPLATES
 
 import pytest
-from test_validate import CHINESE, QA, ROOT, TEXT, called, line, openai, pair, place, share, stage, validate, write
+from test_validate import (
+    CHINESE,
+    QA,
+    ROOT,
+    TEXT,
+    called,
+    line,
+    openai,
+    pair,
+    place,
+    share,
+    validate,
+    write,
+)
 
 WIDE = line(text=CHINESE + "𠮷")
 QA2 = share("human q", "gpt a", "human q2", "gpt a2")
@@ -80,7 +92,10 @@ def test_what_is_certain_is_mended_and_the_rest_stands_in_the_rejects(tmp_path, 
     assert target.read_text(encoding="utf-8") == expected
     found = {int(one["origin"].rpartition(":")[2]): one["reason"] for one in rejects(target)}
     assert list(found) == list(refused)
-    assert all(word in found[number] and place(path, found[number]) == str(number) for number, word in refused.items())
+    assert all(
+        word in found[number] and place(path, found[number]) == str(number)
+        for number, word in refused.items()
+    )
     assert code == (3 if refused else 0)
     assert not refused or message.startswith(f"{len(refused)} rows cannot be mended")
     assert validate(target) == (0, "")
@@ -88,7 +103,9 @@ def test_what_is_certain_is_mended_and_the_rest_stands_in_the_rejects(tmp_path, 
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("content", ['{"text": ""}', "hello", "<html>", "PAR1", '{"foo": 1}', '[{"text": 5}]'])
+@pytest.mark.parametrize(
+    "content", ['{"text": ""}', "hello", "<html>", "PAR1", '{"foo": 1}', '[{"text": 5}]']
+)
 def test_nothing_is_written_where_nothing_can_be_mended(tmp_path, content):
     path = write(tmp_path, content, "a.jsonl")
     code, message = validate(path, "--fix", tmp_path / "b.jsonl")
@@ -103,7 +120,9 @@ def test_a_directory_is_mended_file_by_file(tmp_path):
     write(tmp_path / "in" / "deep", f"[{TEXT}]", "b.json")
     write(tmp_path / "in", "one\r\n", "c.txt")
     assert validate(tmp_path / "in", "--fix", tmp_path / "out") == (0, "")
-    written = {str(one.relative_to(tmp_path / "out")): one.read_bytes() for one in (tmp_path / "out").rglob("*.*")}
+    written = {
+        str(one.relative_to(tmp_path / "out")): one.read_bytes() for one in (tmp_path / "out").rglob("*.*")
+    }
     assert written == {"a.jsonl": TEXT.encode(), "deep/b.jsonl": TEXT.encode(), "c.txt": b"one\n"}
 
 
@@ -160,7 +179,9 @@ def test_lengths_of_texts_are_counted_in_characters(tmp_path):
 
 def test_questions_and_answers_are_counted_apart(tmp_path):
     rows = share("system ss", "human q", "gpt aaa") + share("human q", "gpt a", "human qq", "gpt a")
-    found = report(write(tmp_path, rows + line(**called(), tools=[{"name": "f"}]), "a.jsonl"))["statistics"]["chat"]
+    found = report(write(tmp_path, rows + line(**called(), tools=[{"name": "f"}]), "a.jsonl"))["statistics"][
+        "chat"
+    ]
     assert (found["rows"], found["with_tools"]) == (3, 1)
     assert found["questions"] == {"min": 1, "median": 1, "p95": 1, "max": 2, "total": 4}
     assert found["prompt_characters"] == {"min": 2, "median": 3, "p95": 3, "max": 3, "total": 8}
@@ -168,14 +189,21 @@ def test_questions_and_answers_are_counted_apart(tmp_path):
     rows = pair(history=[["q", "aa"]], response_chosen="ccc") + pair(system="s", response_rejected="dddd")
     found = report(write(tmp_path, rows, "b.jsonl"))["statistics"]["pair"]
     totals = {name: value["total"] for name, value in found.items() if isinstance(value, dict)}
-    assert totals == {"questions": 3, "prompt_characters": 6, "chosen_characters": 4, "rejected_characters": 5}
+    assert totals == {
+        "questions": 3,
+        "prompt_characters": 6,
+        "chosen_characters": 4,
+        "rejected_characters": 5,
+    }
 
 
 def test_exact_duplicates_are_told_with_the_row_that_they_repeat(tmp_path, capsys):
     a, b = share("human q", "gpt a"), share("human q", "gpt b")
     path = write(tmp_path, a + b + openai("user q", "assistant a", id=7) + "\n" + b, "a.jsonl")
     assert validate(path) == (0, "")
-    assert f"exact_duplicates    2\n{'':22}{path}:3 = {path}:1, {path}:5 = {path}:2\n" in capsys.readouterr().out
+    assert (
+        f"exact_duplicates    2\n{'':22}{path}:3 = {path}:1, {path}:5 = {path}:2\n" in capsys.readouterr().out
+    )
 
 
 def test_near_duplicates_are_those_of_a_count_of_common_runs_of_five_characters(tmp_path):
@@ -201,14 +229,23 @@ def test_near_duplicates_are_those_of_a_count_of_common_runs_of_five_characters(
         if not found:
             kept.append(shingles)
     assert (wrong, near.num_found > 15, sure > 60) == (0, True, True)
-    path = write(tmp_path, line(text=LONG * 2 + "a") + line(text="b" + LONG.upper() * 2) + line(text="x" * 9), "a.jsonl")
+    path = write(
+        tmp_path,
+        line(text=LONG * 2 + "a") + line(text="b" + LONG.upper() * 2) + line(text="x" * 9),
+        "a.jsonl",
+    )
     found = report(path, "--near_duplicates", 0.7)["statistics"]["text"]
-    assert (found["near_duplicates"], found["first_near_duplicates"][0][:2]) == (1, [f"{path}:2", f"{path}:1"])
+    assert (found["near_duplicates"], found["first_near_duplicates"][0][:2]) == (
+        1,
+        [f"{path}:2", f"{path}:1"],
+    )
 
 
 def test_rows_and_prompts_that_two_files_share_are_counted(tmp_path, capsys):
     one = write(tmp_path, "".join(share(f"human q{n}", f"gpt a{n}") for n in range(4)), "a.jsonl")
-    two = write(tmp_path, openai("user q2", "assistant a2") + share("human q3", "gpt x") + TEXT.strip(), "b.jsonl")
+    two = write(
+        tmp_path, openai("user q2", "assistant a2") + share("human q3", "gpt x") + TEXT.strip(), "b.jsonl"
+    )
     assert validate(one, "--against", one) == (0, "")
     assert f"overlap with {one}: rows=4 prompts=4 (first {one}:1)\n" in capsys.readouterr().out
     code, message = validate(one, "--against", two)
@@ -230,7 +267,9 @@ def test_a_bad_file_ends_with_one_line_and_code_3_and_no_model_library_is_loaded
 # ---- tokens ------------------------------------------------------------------------------------------------
 
 LONG = "What should I do? See a doctor. 多喝水 😀"
-CHATS = share("system s", f"human {LONG}", f"gpt {LONG}") + share(f"human {LONG}", "gpt Rest.", "human q", f"gpt {LONG} {LONG}")
+CHATS = share("system s", f"human {LONG}", f"gpt {LONG}") + share(
+    f"human {LONG}", "gpt Rest.", "human q", f"gpt {LONG} {LONG}"
+)
 
 
 def chat_encoder(tokenizer, name: str) -> ChatEncoder:
@@ -240,7 +279,9 @@ def chat_encoder(tokenizer, name: str) -> ChatEncoder:
 @pytest.mark.parametrize("name", ["qwen", "vicuna", "llama2", "mistral", "smollm", "alpaca"])
 def test_lengths_in_tokens_and_shown_rows_are_the_stages_own(tmp_path, capsys, model_dir, tokenizer, name):
     path = write(tmp_path, CHATS, "a.jsonl")
-    examples = chat_encoder(tokenizer, name).encode_chats(read_records([path], KINDS["chat"].parse, RowLog()), RowLog())
+    examples = chat_encoder(tokenizer, name).encode_chats(
+        read_records([path], KINDS["chat"].parse, RowLog()), RowLog()
+    )
     short, long = sorted(len(example["input_ids"]) for example in examples)
     flags = ["--tokenizer", model_dir, "--template_name", name, "--max_length", long - 4]
     found = report(path, *flags, "--show", 5)
@@ -256,26 +297,39 @@ def test_lengths_in_tokens_and_shown_rows_are_the_stages_own(tmp_path, capsys, m
         body = text.removeprefix(f"{number}\n").removesuffix("\n")
         assert re.sub("[⟦⟧‹›]", "", body) == tokenizer.decode(example["input_ids"].tolist())
         trained = [token for token in example["labels"].tolist() if token != IGNORE_INDEX]
-        assert re.sub("[‹›]", "", "".join(re.findall("⟦(.*?)⟧", body, re.DOTALL))) == tokenizer.decode(trained)
+        assert re.sub("[‹›]", "", "".join(re.findall("⟦(.*?)⟧", body, re.DOTALL))) == tokenizer.decode(
+            trained
+        )
         assert set(re.findall("‹(.*?)›", body)) <= {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
         assert "‹<|im_end|>›⟧" in body
 
 
-def test_texts_and_pairs_are_measured_and_shown_as_their_stages_encode_them(tmp_path, capsys, model_dir, tokenizer):
+def test_texts_and_pairs_are_measured_and_shown_as_their_stages_encode_them(
+    tmp_path, capsys, model_dir, tokenizer
+):
     path = write(tmp_path, line(text=LONG) + line(text="a"), "a.jsonl")
     [ids, short] = encode_texts([Text(LONG, "a:1"), Text("a", "a:2")], tokenizer)
     found = report(path, "--tokenizer", model_dir, "--max_length", len(ids) - 1)
-    assert (found["statistics"]["text"]["tokens"]["total"], found["rows_too_long"]) == (len(ids) + len(short), 1)
+    assert (found["statistics"]["text"]["tokens"]["total"], found["rows_too_long"]) == (
+        len(ids) + len(short),
+        1,
+    )
     capsys.readouterr()
     assert validate(path, "--tokenizer", model_dir, "--show", 1) == (0, "")
     assert capsys.readouterr().out.endswith(f"--- {path}:1\n⟦{LONG}‹<|im_end|>›⟧\n")
     path = write(tmp_path, pair(response_chosen=LONG), "b.jsonl")
-    turns = chat_encoder(tokenizer, "qwen").encode_turns([[Message("user", "q"), Message("assistant", LONG)]], [()])
+    turns = chat_encoder(tokenizer, "qwen").encode_turns(
+        [[Message("user", "q"), Message("assistant", LONG)]], [()]
+    )
     flags = ["--tokenizer", model_dir, "--template_name", "qwen"]
-    assert report(path, *flags)["statistics"]["pair"]["tokens"]["max"] == sum(len(turn.ids) for turn in next(iter(turns)))
+    assert report(path, *flags)["statistics"]["pair"]["tokens"]["max"] == sum(
+        len(turn.ids) for turn in next(iter(turns))
+    )
     capsys.readouterr()
     assert validate(path, *flags, "--show", 1) == (0, "")
-    chosen, rejected = re.findall(r"^(?:chosen|rejected): (?s:.*?)⟦(.*?)⟧", capsys.readouterr().out, re.MULTILINE)
+    chosen, rejected = re.findall(
+        r"^(?:chosen|rejected): (?s:.*?)⟦(.*?)⟧", capsys.readouterr().out, re.MULTILINE
+    )
     assert (chosen, rejected) == (f"{LONG}‹<|im_end|>›", "b‹<|im_end|>›")
 
 
