@@ -1,6 +1,7 @@
 """Faults of validate_jsonl.py that an independent tester found; a mark goes when its bug goes."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,28 @@ def test_an_empty_file_is_named_empty_by_the_mend_as_well(tmp_path):
 def test_a_problem_is_one_line_of_a_length_that_can_be_read(tmp_path, row):
     message = validate(write(tmp_path, QA + row, "a.jsonl"))[1]
     assert len(message) < 1000 and message.isprintable()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the mend reads line by line, however long: here the whole file, five times over"
+)
+def test_a_large_array_on_one_line_is_mended_in_little_memory(tmp_path):
+    row = json.dumps({"text": "x" * 984})
+    path = write(tmp_path, f"[{','.join([row] * 10_000)}]", "a.json")
+    tracemalloc.start()
+    try:
+        assert validate(path, "--fix", tmp_path / "b.jsonl") == (0, "")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 8_000_000
+
+
+@pytest.mark.xfail(
+    strict=True, reason="a number that a chunk's end parts is taken for whole: 'may be cut off'"
+)
+def test_a_number_over_the_border_of_two_chunks_is_one_number(tmp_path, monkeypatch):
+    monkeypatch.setattr("medicalgpt.data_files.CHUNK_BYTES", 3)
+    assert (
+        validate(write(tmp_path, "[1.5, 2]", "a.json"))[1].split(": ", 1)[1].startswith("a row is a number")
+    )
