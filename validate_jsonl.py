@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from medicalgpt.data_files import find_files
+from medicalgpt.data_files import REJECTS, find_files
 from medicalgpt.data_report import ProblemLog, Statistics
 from medicalgpt.errors import ConfigError, DataError, run_script
 from medicalgpt.kinds import KINDS, UNKNOWN, Kind, recognise
@@ -76,9 +76,12 @@ class ValidateArguments:
                 raise ConfigError(f"--{name} {value} is not allowed; expected 1 or more")
         if self.near_duplicates is not None and not 0.5 <= self.near_duplicates <= 1:
             raise ConfigError(f"--near_duplicates {self.near_duplicates} is not allowed; expected 0.5 to 1")
-        for flag, path in (("--fix", self.fix), ("--report", self.report)):
-            if path and Path(path).exists() and not self.overwrite:
-                raise ConfigError(f"{flag} {path} exists already; give another, or --overwrite True")
+        rejects = self.fix and self.fix.rstrip("/") + REJECTS
+        for flag, name in (("--fix", self.fix), ("--fix", rejects), ("--report", self.report)):
+            if name and Path(name).exists() and not self.overwrite:
+                raise ConfigError(f"{flag} {name} exists already; give another name, or --overwrite True")
+            if name and not Path(name).absolute().parent.is_dir():
+                raise ConfigError(f"{flag}: there is no directory {Path(name).parent}; create it first")
 
 
 @dataclass
@@ -107,7 +110,8 @@ def main(argv: list[str]) -> None:
 
     # 2. Every row, with the stages' reader.
     findings = examine(files, args)
-    overlap = count_overlap(findings, examine(others, args, tokens=False)) if others else None
+    other = examine(others, args, tokens=False) if others else Findings()
+    overlap = count_overlap(findings, other) if others else None
 
     # 3. What was found.
     lines = [*describe(findings), *([overlap] if overlap else [])]
@@ -119,7 +123,7 @@ def main(argv: list[str]) -> None:
     unmended = None
     if args.fix:
         unmended = fix_files(Path(args.file), Path(args.fix), findings.kinds, RowLog())
-    refuse_bad(findings, unmended, args)
+    refuse_bad(other if unmended == 0 else findings, unmended, args)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ def refuse_bad(findings: Findings, unmended: int | None, args: ValidateArguments
             f"{unmended} rows cannot be mended without guessing; they stand with their reasons in the "
             f"rejects beside {args.fix}, mend them by hand"
         )
-    if log.num_problems and unmended is None:
+    if log.num_problems:
         more = f" (the first of {log.num_problems} problems)" if log.num_problems > 1 else ""
         raise DataError(f"{log.problems[0]}{more}")
 

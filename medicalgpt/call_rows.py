@@ -3,17 +3,17 @@
 import json
 from collections.abc import Sequence
 
-from medicalgpt.data_files import json_type
 from medicalgpt.errors import DataError
+from medicalgpt.json_values import DECODER, json_type, reason, without_surrogates
 from template import Message, ToolCall
 
 
 def decode(text: str, where: str, origin: str) -> object:
     """Return the value of a JSON text that stands in a field."""
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{origin}: {where}: is no JSON ({error}); expected JSON text") from None
+        return without_surrogates(DECODER.decode(text), text, f"{origin}: {where}")
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{origin}: {where}: is no JSON ({reason(error)}); expected JSON text") from None
 
 
 def parse_tools(row: dict, origin: str) -> tuple[dict, ...]:

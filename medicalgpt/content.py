@@ -16,6 +16,15 @@ CONTENT_FIELDS = {
 }
 
 
+INVISIBLE = str.maketrans(dict.fromkeys(ZERO_WIDTH))
+
+
+def is_blank(text: str) -> bool:
+    """True when nothing can be seen of a text."""
+    visible = text.strip()
+    return not visible or (visible[0] in ZERO_WIDTH and not visible.translate(INVISIBLE).strip())
+
+
 def check_content(text: str, label: str, origin: str, log: RowLog) -> str:
     """Return a text that is fit to train on; zero-width characters stay, and are counted.
 

@@ -36,6 +36,8 @@ def wide_encoding(head: bytes) -> str | None:
     for mark, name in UTF_16_32:
         if head.startswith(mark):
             return name
+    if head[:2] in (b"{\0", b"[\0") or head[:2] in (b"\0{", b"\0["):
+        return "UTF-16-BE" if head[0] == 0 else "UTF-16-LE"
     sample = head[: len(head) // 2 * 2]
     even, odd = sample[::2].count(0), sample[1::2].count(0)
     half = len(sample) // 2
@@ -70,12 +72,16 @@ def chinese_encoding(raw: bytes) -> str | None:
         except UnicodeDecodeError:
             continue
         common = "".join(wide).encode("gb2312", "ignore")
-        return name.upper() if len(wide) > 1 and len(common) >= 1.4 * len(wide) else None
+        return name.upper() if len(wide) > 1 and len(common) >= 1.2 * len(wide) else None
     return None
 
 
-def line_fault(raw: bytes, error: UnicodeDecodeError) -> tuple[str, bool]:
-    """Return (what is wrong with a line that is not UTF-8, True when it is in a Chinese encoding)."""
+def line_fault(raw: bytes, error: UnicodeDecodeError, before: int = 0) -> tuple[str, bool]:
+    """Return (what is wrong with a line that is not UTF-8, True when it is in a Chinese encoding).
+
+    Args:
+        before: how many characters of the line stand before `raw`.
+    """
     read = raw.decode("utf-8", "replace")
     broken = read.count("\ufffd")
     sound = sum(char > "\x7f" for char in read) - broken
@@ -83,7 +89,7 @@ def line_fault(raw: bytes, error: UnicodeDecodeError) -> tuple[str, bool]:
     if chinese and broken > sound:
         return f"the text is {chinese}, not UTF-8; {SAVE}", True
     byte = raw[error.start]
-    column = len(raw[: error.start].decode("utf-8", "replace")) + 1
+    column = before + len(raw[: error.start].decode("utf-8", "replace")) + 1
     return (
         f"byte 0x{byte:02x} is not UTF-8 (column {column}: a stray byte or half a character); mend the line",
         False,

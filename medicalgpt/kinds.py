@@ -9,6 +9,7 @@ from pathlib import Path
 
 from medicalgpt.data_files import read_rows
 from medicalgpt.errors import DataError
+from medicalgpt.json_values import field_names
 from medicalgpt.records import Chat, Parser, RowLog, parse_chat, parse_pair, parse_prompt, parse_text
 
 RECOGNISE_ROWS = 100
@@ -83,9 +84,9 @@ def recognise(path: Path) -> Kind | None:
 
 def parse_unknown(row: dict, origin: str, log: RowLog) -> None:
     """Refuse a row of no known kind."""
-    found = ", ".join(row) or "no fields"
     raise DataError(
-        f"{origin}: no known kind of row, it has {found}; expected {ALLOWED} (convert_dataset.py knows more)"
+        f"{origin}: no known kind of row, it has {field_names(row)}; expected {ALLOWED} (convert_dataset.py "
+        "knows more)"
     )
 
 

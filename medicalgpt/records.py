@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medicalgpt.call_rows import name_calls, parse_openai_calls, parse_sharegpt_calls, parse_tools
-from medicalgpt.content import check_content, check_fields
-from medicalgpt.data_files import json_type, read_rows, read_text_lines
+from medicalgpt.content import check_content, check_fields, is_blank
+from medicalgpt.data_files import read_rows, read_text_lines
 from medicalgpt.errors import DataError
+from medicalgpt.json_values import field_names, json_type
 from medicalgpt.row_log import RowLog
 from template import Message
 
@@ -94,13 +95,11 @@ def require_text(row: dict, name: str, origin: str, *, where: str = "", may_be_e
     """
     label = f"{where}.{name}" if where else name
     if name not in row:
-        raise DataError(
-            f"{origin}: {label}: missing; the row has {', '.join(sorted(map(str, row))) or 'no fields'}"
-        )
+        raise DataError(f"{origin}: {label}: missing; the row has {field_names(row)}")
     value = row[name]
     if not isinstance(value, str):
         raise DataError(f"{origin}: {label}: is {json_type(value)}; expected a string")
-    if not may_be_empty and not value.strip():
+    if not may_be_empty and is_blank(value):
         raise DataError(f"{origin}: {label}: is empty; write the text or remove the row")
     return value
 
@@ -110,7 +109,7 @@ def parse_messages(row: dict, origin: str) -> list[Message]:
     name = "messages" if "messages" in row else "conversations"
     if name not in row:
         raise DataError(
-            f"{origin}: conversations: missing; the row has {', '.join(sorted(row)) or 'no fields'}; "
+            f"{origin}: conversations: missing; the row has {field_names(row)}; "
             "expected conversations or messages"
         )
     turns = row[name]
@@ -137,12 +136,16 @@ def parse_message(turn: object, where: str, origin: str, *, is_openai: bool) -> 
     role = require_text(turn, role_key, origin, where=where)
     if role not in roles:
         raise DataError(
-            f"{origin}: {where}.{role_key}: is {role!r}; expected {', '.join(roles)} (convert_dataset.py "
-            "knows other words for them)"
+            f"{origin}: {where}.{role_key}: is {role[:40]!r}; expected {', '.join(roles)} "
+            "(convert_dataset.py knows other words for them)"
         )
     if is_openai and role == "assistant" and turn.get("tool_calls"):
-        content = turn.get("content") or ""
-        return Message(role, content, parse_openai_calls(turn["tool_calls"], f"{where}.tool_calls", origin))
+        content = turn.get("content")
+        if content is not None:
+            content = require_text(turn, "content", origin, where=where, may_be_empty=True)
+        return Message(
+            role, content or "", parse_openai_calls(turn["tool_calls"], f"{where}.tool_calls", origin)
+        )
     may_be_empty = roles[role] in ("system", "observation")
     content = require_text(turn, text_key, origin, where=where, may_be_empty=may_be_empty)
     if role == "function_call":
@@ -177,6 +180,13 @@ def check_order(messages: list[Message], name: str, origin: str, roles: dict[str
         raise DataError(f"{origin}: {name}: has no question; add a {names['user']} turn")
 
 
+def check_calls(messages: list[Message], origin: str, log: RowLog) -> None:
+    """Check the text of calls, in which the row's JSON text may hide characters behind escapes."""
+    for message in messages:
+        for call in message.calls:
+            check_content(call.name + call.arguments, "a call", origin, log)
+
+
 def parse_text(row: dict, origin: str, log: RowLog) -> Text:
     """{"text": …} → Text."""
     text = Text(require_text(row, "text", origin), origin)
@@ -189,6 +199,7 @@ def parse_chat(row: dict, origin: str, log: RowLog) -> Chat | None:
     is_alpaca = "instruction" in row and not {"conversations", "messages"} & row.keys()
     messages = parse_alpaca(row, origin) if is_alpaca else parse_messages(row, origin)
     check_fields(row, origin, log)
+    check_calls(messages, origin, log)
     if not any(message.role == "assistant" for message in messages):
         log.add("row_without_answer_dropped", origin)
         return None
@@ -230,6 +241,7 @@ def parse_pair(row: dict, origin: str, log: RowLog) -> Pair | None:
         chosen, rejected = "response_chosen", "response_rejected"
     answers = parse_answer(row, chosen, origin), parse_answer(row, rejected, origin)
     check_fields(row, origin, log)
+    check_calls([*prompt, *answers], origin, log)
     if answers[0] == answers[1]:
         log.add("identical_answers_dropped", origin)
         return None
@@ -256,7 +268,9 @@ def parse_history(row: dict, origin: str) -> list[Message]:
         raise DataError(f"{origin}: history: is {json_type(history)}; expected [[question, answer], …]")
     for index, turn in enumerate(history):
         if not (
-            isinstance(turn, list) and len(turn) == 2 and all(isinstance(t, str) and t.strip() for t in turn)
+            isinstance(turn, list)
+            and len(turn) == 2
+            and all(isinstance(t, str) and not is_blank(t) for t in turn)
         ):
             raise DataError(f"{origin}: history[{index}]: expected [question, answer], two non-empty strings")
         messages += [Message("user", turn[0]), Message("assistant", turn[1])]

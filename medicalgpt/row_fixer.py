@@ -12,16 +12,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from medicalgpt.content import ZERO_WIDTH, check_content
+from medicalgpt.content import INVISIBLE, check_content
 from medicalgpt.data_files import REJECTS
 from medicalgpt.dialects import Reading, convert_row
 from medicalgpt.errors import ConfigError, DataError
 from medicalgpt.kinds import UNKNOWN, Kind, commonest_kind
 from medicalgpt.row_log import RowLog
 from medicalgpt.row_writer import RowWriter
-from medicalgpt.text_repair import detect_encoding, lenient_lines, salvage_rows
-
-INVISIBLE = str.maketrans(dict.fromkeys(ZERO_WIDTH))
+from medicalgpt.text_repair import UNREADABLE, detect_encoding, lenient_lines, salvage_rows
 
 
 @dataclass(frozen=True)
@@ -55,18 +53,22 @@ def fix_files(source: Path, target: Path, kinds: dict[Path, Kind], log: RowLog) 
     with ExitStack() as stack:
         rejects = RowWriter(target.with_name(target.name + REJECTS))
         writers = {path: RowWriter(target_of(path, source, target)) for path in kinds}
+        if len({writer.path for writer in writers.values()}) < len(writers):
+            raise ConfigError(
+                f"--fix {target}: a .json and a .jsonl file of one name would become one; rename one of them"
+            )
         for writer in (rejects, *writers.values()):
             stack.callback(writer.discard)
-        first = ""
+        first, num_rows = "", 0
         for path, writer in writers.items():
             writer.path.parent.mkdir(parents=True, exist_ok=True)
             for mended in mend_file(path, kinds[path], log):
                 if mended.line is not None:
                     writer.write_text(mended.line)
+                    num_rows += bool(mended.line.strip())
                     continue
                 rejects.write({"origin": mended.origin, "reason": mended.reason, "row": mended.row})
                 first = first or mended.reason
-        num_rows = sum(writer.num_rows for writer in writers.values())
         if not num_rows:
             raise DataError(
                 f"{first or f'{source}: holds no row'}; nothing can be mended, nothing was written"
@@ -115,6 +117,8 @@ def mend_file(path: Path, kind: Kind, log: RowLog) -> Iterator[Mended]:
             yield Mended(json.dumps(mend_row(row, origin, kind, log), ensure_ascii=False), origin)
         except DataError as refusal:
             yield Mended(None, origin, str(refusal), row)
+        except RecursionError:
+            yield Mended(None, origin, f"{origin}: nested too deeply; mend it", raw)
 
 
 def mend_text_file(path: Path, encoding: str, log: RowLog) -> Iterator[Mended]:
@@ -124,11 +128,11 @@ def mend_text_file(path: Path, encoding: str, log: RowLog) -> Iterator[Mended]:
         if text != line:
             log.add("zero_width_characters_removed", origin)
         try:
-            if any("\udc80" <= char <= "\udcff" for char in text):
-                raise DataError(f"{origin}: text: bytes that are not UTF-8; mend the line")
+            if UNREADABLE in text:
+                raise DataError(f"{origin}: text: holds bytes that cannot be decoded; mend the line")
             yield Mended(check_content(text, "text", origin, log), origin)
         except DataError as refusal:
-            yield Mended(None, origin, str(refusal), text.encode("utf-8", "replace").decode())
+            yield Mended(None, origin, str(refusal), text.replace(UNREADABLE, "\ufffd"))
 
 
 def mend_row(row: dict, origin: str, kind: Kind, log: RowLog) -> dict:
@@ -152,7 +156,7 @@ def mend_row(row: dict, origin: str, kind: Kind, log: RowLog) -> dict:
         raise DataError(f"{origin}: {', '.join(dropped.counts)}; the stages drop this row")
     for reason in dropped.counts:
         log.add(reason, origin)
-    name = next((name for name in ("conversations", "messages") if name in row), None)
+    name = next((name for name in ("messages", "conversations") if name in row), None)
     if name and kind.name == "chat":
         row = {**row, name: row[name][: len(record.messages)]}
     return row

@@ -13,9 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medicalgpt.data_files import decode_json, json_type, read_array
+from medicalgpt.data_files import read_array
 from medicalgpt.encodings import PIECE, recognise_encoding
 from medicalgpt.errors import DataError
+from medicalgpt.json_values import decode_json, json_type
 from medicalgpt.row_log import RowLog
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".xlsx", ".parquet")

@@ -11,8 +11,8 @@ import json
 import re
 
 from medicalgpt.call_rows import parse_openai_calls
-from medicalgpt.data_files import decode_json, json_type
 from medicalgpt.errors import DataError
+from medicalgpt.json_values import decode_json, json_type
 from template import ToolCall
 
 ROLES = {

@@ -27,7 +27,19 @@ LAUNCHED = {
 }
 LIGHT_MODULES = (
     *("call_rows", "content", "data_files", "dialects", "encodings", "errors", "file_faults", "holdout"),
-    *("html_text", "kinds", "launch", "records", "rendering", "row_fixer", "row_log", "row_writer", "tables"),
+    *(
+        "html_text",
+        "json_array",
+        "json_values",
+        "kinds",
+        "launch",
+        "records",
+        "rendering",
+        "row_fixer",
+        "row_log",
+        "row_writer",
+        "tables",
+    ),
     *("text_repair", "tool_flags", "tool_formats", "turns", "write_back"),
 )
 # what may wait in a function: workbooks and parquet files

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import validate_jsonl
-from medicalgpt import data_files
-from medicalgpt.data_files import ArrayReader, read_text_lines
+from medicalgpt import json_array
+from medicalgpt.data_files import read_text_lines
 from medicalgpt.errors import ConfigError, DataError
+from medicalgpt.json_array import ArrayReader
 from medicalgpt.kinds import KINDS, SilentLog
 from medicalgpt.records import iterate_records, read_records
 from medicalgpt.row_log import RowLog
@@ -164,7 +165,7 @@ BAD = [  # kind, suffix, content, the line, what names the fault
     ("text", ".txt", "\n\n", 1, "the file is blank"),
     ("text", ".jsonl", '[{"text": "a"}]', 1, "a JSON array in a .jsonl file"),
     ("text", ".jsonl", json.dumps({"text": "a"}, indent=2), 1, "runs over several lines"),
-    ("text", ".jsonl", '{"foo": 1, "bar": 2}', 1, "foo, bar"),
+    ("text", ".jsonl", '{"foo": 1, "bar": 2}', 1, "bar, foo"),
     ("text", ".json", '[\n{"text": "a"},\n{"te', 3, "cut off"),
     ("text", ".json", '[\n{"text": "a"}\n', 3, "may be cut off"),
     ("text", ".json", '[{"text": "a"},\n\n5]', 3, "a row is a number"),
@@ -346,7 +347,7 @@ def random_array(generator: random.Random) -> str:
 @pytest.mark.parametrize("chunk_bytes", [1, 2, 3, 7, 64])
 def test_an_array_reads_as_json_reads_it_wherever_the_chunks_end(tmp_path, monkeypatch, chunk_bytes):
     """The line of a row is that of its brace: one more than the line feeds before it."""
-    monkeypatch.setattr(data_files, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(json_array, "CHUNK_BYTES", chunk_bytes)
     generator = random.Random(chunk_bytes)
     for _ in range(60):
         text = random_array(generator)
@@ -378,7 +379,7 @@ def test_a_broken_array_is_refused_in_the_same_words_wherever_the_chunks_end(
         at = generator.randrange(len(text))
         text = text[:at] + generator.choice(["", "x", ",", "]", '"', "\0", "}"]) + text[at + 1 :]
         path = write(tmp_path, text, "a.json")
-        monkeypatch.setattr(data_files, "CHUNK_BYTES", 1 << 20)
+        monkeypatch.setattr(json_array, "CHUNK_BYTES", 1 << 20)
         values, refusal = read_array(path)
         try:
             expected = json.loads(text)
@@ -386,7 +387,7 @@ def test_a_broken_array_is_refused_in_the_same_words_wherever_the_chunks_end(
             assert place(path, refusal).isdigit(), text
         else:
             assert (values, refusal) == (expected, "")
-        monkeypatch.setattr(data_files, "CHUNK_BYTES", chunk_bytes)
+        monkeypatch.setattr(json_array, "CHUNK_BYTES", chunk_bytes)
         assert read_array(path)[1] == refusal, text
 
 

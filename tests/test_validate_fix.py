@@ -62,7 +62,7 @@ MENDS = {  # name: content, what is written, the lines of the rejects and a word
     "invisible.txt": ("one\u200b\n\ntwo", "one\n\ntwo\n", {}),
     "unanswered.jsonl": (share("human q", "gpt a", "human q2", id=7) + QA, share("human q", "gpt a", id=7) + QA, {}),
     "unanswered openai.jsonl": (line(messages=called()["messages"][:3]) + openai("user q", "assistant a", "user q"), line(messages=called()["messages"][:2]) + openai("user q", "assistant a"), {}),
-    "byte.jsonl": (TEXT.encode() + b'{"text": "a\xff"}\n' + TEXT.encode(), TEXT * 2, {2: "not UTF-8"}),
+    "byte.jsonl": (TEXT.encode() + b'{"text": "a\xff"}\n' + TEXT.encode(), TEXT * 2, {2: "cannot be decoded"}),
     "two values.jsonl": (TEXT + '\n{"text": "a", "text": "b"}', TEXT, {3: "twice, with two values"}),
     "constant.jsonl": (TEXT + '{"text": NaN}', TEXT, {2: "NaN"}),
     "cut.jsonl": (TEXT + '{"text": "a', TEXT, {2: "cut off"}),
