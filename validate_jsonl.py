@@ -62,7 +62,7 @@ class ValidateArguments:
         default=None, metadata={"help": "file or directory that should share no row with this"}
     )
     near_duplicates: float | None = field(
-        default=None, metadata={"help": "share of common text, 0.5 to 1, from which rows count as the same"}
+        default=None, metadata={"help": "share of common text, 0.7 to 1, from which rows count as the same"}
     )
     report: str | None = field(default=None, metadata={"help": "write everything to this .json file"})
 
@@ -74,8 +74,8 @@ class ValidateArguments:
             value = getattr(self, name)
             if value is not None and value < (name == "max_length"):
                 raise ConfigError(f"--{name} {value} is not allowed; expected 1 or more")
-        if self.near_duplicates is not None and not 0.5 <= self.near_duplicates <= 1:
-            raise ConfigError(f"--near_duplicates {self.near_duplicates} is not allowed; expected 0.5 to 1")
+        if self.near_duplicates is not None and not 0.7 <= self.near_duplicates <= 1:
+            raise ConfigError(f"--near_duplicates {self.near_duplicates} is not allowed; expected 0.7 to 1")
         rejects = self.fix and self.fix.rstrip("/") + REJECTS
         for flag, name in (("--fix", self.fix), ("--fix", rejects), ("--report", self.report)):
             if name and Path(name).exists() and not self.overwrite:
@@ -144,7 +144,8 @@ def examine(files: list[Path], args: ValidateArguments, *, tokens: bool = True) 
         kind = (recognise(path) or UNKNOWN) if args.data_type == "auto" else KINDS[args.data_type]
         findings.kinds[path] = kind
         statistics = findings.statistics.setdefault(kind.name, Statistics(args.near_duplicates))
-        records = iterate_records([path], kind.parse, findings.log, txt_documents=args.txt_documents)
+        txt_documents = "line" if args.data_type == "prompt" else args.txt_documents
+        records = iterate_records([path], kind.parse, findings.log, txt_documents=txt_documents)
         for batch in batches(records):
             for record in batch:
                 statistics.add(record)

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medicalgpt.data_files import read_lines
 from medicalgpt.errors import ConfigError, DataError
 from medicalgpt.generation import Answer, Generator, coherent
 from medicalgpt.records import parse_messages
+from medicalgpt.row_log import RowLog
 from medicalgpt.tokenization import ChatEncoder
 from template import Message
 
@@ -167,12 +169,9 @@ class Session:
         if not rest:
             raise Refused("/load needs a file's name")
         try:
-            lines = Path(rest).read_text(encoding="utf-8").splitlines()
-            messages = parse_messages(json.loads(lines[0]), f"{rest}:1")
+            messages = parse_messages(*next(read_lines(Path(rest), RowLog())))
         except OSError as error:
             raise Refused(f"{rest}: {error.strerror}") from None
-        except (ValueError, IndexError, TypeError):
-            raise Refused(f"{rest}: line 1 is no conversation; expected what /save writes") from None
         except DataError as error:
             raise Refused(str(error)) from None
         has_system = messages[0].role == "system"

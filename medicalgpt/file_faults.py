@@ -15,6 +15,8 @@ NOT_TEXT = {
     b"\xd0\xcf\x11\xe0": "an old .xls workbook; save it as .xlsx for convert_dataset.py",
     b"%PDF": "a PDF document; extract its text first",
     b"\x89PNG": "a picture, not data",
+    b"\xff\xd8\xff": "a picture, not data",
+    b"SQLite format 3": "a database, not text; export its rows first",
     b"version https://git-lfs": "a Git LFS pointer, not the data; run git lfs pull",
     b"<!doctype html": "an HTML page, not data; download the file itself",
     b"<html": "an HTML page, not data; download the file itself",

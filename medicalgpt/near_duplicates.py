@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 
 SHINGLE = 5  # characters
-BANDS, ROWS = 16, 4  # 64 hashes: pairs of similarity 0.8 share a band with probability 0.9998
+BANDS, ROWS = 16, 4  # 64 hashes: pairs of similarity 0.7 share a band with probability 0.988
 MULTIPLIERS = np.random.default_rng(0).integers(1, 1 << 63, BANDS * ROWS, dtype=np.uint64) | np.uint64(1)
 POWERS = np.uint64(0x9E3779B97F4A7C15) ** np.arange(SHINGLE, dtype=np.uint64)
 

@@ -99,13 +99,18 @@ def require_text(row: dict, name: str, origin: str, *, where: str = "", may_be_e
     value = row[name]
     if not isinstance(value, str):
         raise DataError(f"{origin}: {label}: is {json_type(value)}; expected a string")
+    if "\0" in value:
+        raise DataError(f"{origin}: {label}: holds a NUL character; remove it")
     if not may_be_empty and is_blank(value):
         raise DataError(f"{origin}: {label}: is empty; write the text or remove the row")
     return value
 
 
 def parse_messages(row: dict, origin: str) -> list[Message]:
-    """Return the messages of a ShareGPT or OpenAI row, roles renamed to those of `Message`."""
+    """Return the messages of a ShareGPT or OpenAI row, roles renamed to those of `Message`.
+
+    A `system` field of the row (as LLaMA-Factory has it) is the system message.
+    """
     name = "messages" if "messages" in row else "conversations"
     if name not in row:
         raise DataError(
@@ -122,6 +127,10 @@ def parse_messages(row: dict, origin: str) -> list[Message]:
         parse_message(turn, f"{name}[{index}]", origin, is_openai=name == "messages")
         for index, turn in enumerate(turns)
     ]
+    if row.get("system") is not None:
+        if messages[0].role == "system":
+            raise DataError(f"{origin}: system: stands beside a system turn in {name}; remove one of them")
+        messages.insert(0, Message("system", require_text(row, "system", origin, may_be_empty=True)))
     check_order(messages, name, origin, OPENAI_ROLES if name == "messages" else SHAREGPT_ROLES)
     return name_calls(messages)
 

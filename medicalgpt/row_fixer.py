@@ -22,18 +22,23 @@ from medicalgpt.row_writer import RowWriter
 from medicalgpt.text_repair import UNREADABLE, detect_encoding, lenient_lines, salvage_rows
 
 
+class DroppedRowError(DataError):
+    """A row that teaches nothing."""
+
+
 @dataclass(frozen=True)
 class Mended:
     """A piece of a file: what is written of it, or why nothing is.
 
     Attributes:
-        line: the line to write; None for a reject.
+        line: the line to write; None for a reject. dropped: nothing is wrong, but the stages drop the row.
     """
 
     line: str | None
     origin: str
     reason: str = ""
     row: dict | str = ""
+    dropped: bool = False
 
 
 def fix_files(source: Path, target: Path, kinds: dict[Path, Kind], log: RowLog) -> int:
@@ -45,7 +50,8 @@ def fix_files(source: Path, target: Path, kinds: dict[Path, Kind], log: RowLog) 
         log: counts what was mended.
 
     Returns:
-        How many pieces could not be mended; they stand in `target`.rejects.jsonl.
+        How many pieces could not be mended. They stand in `target`.rejects.jsonl, with the rows that the
+        stages drop.
 
     Raises:
         ConfigError: the target cannot be. DataError: nothing is left to write.
@@ -59,7 +65,7 @@ def fix_files(source: Path, target: Path, kinds: dict[Path, Kind], log: RowLog) 
             )
         for writer in (rejects, *writers.values()):
             stack.callback(writer.discard)
-        first, num_rows = "", 0
+        first, num_rows, num_refused = "", 0, 0
         for path, writer in writers.items():
             writer.path.parent.mkdir(parents=True, exist_ok=True)
             for mended in mend_file(path, kinds[path], log):
@@ -69,6 +75,7 @@ def fix_files(source: Path, target: Path, kinds: dict[Path, Kind], log: RowLog) 
                     continue
                 rejects.write({"origin": mended.origin, "reason": mended.reason, "row": mended.row})
                 first = first or mended.reason
+                num_refused += not mended.dropped
         if not num_rows:
             raise DataError(
                 f"{first or f'{source}: holds no row'}; nothing can be mended, nothing was written"
@@ -78,7 +85,7 @@ def fix_files(source: Path, target: Path, kinds: dict[Path, Kind], log: RowLog) 
     where = f" rejects in {rejects.path}" if rejects.num_rows else ""
     mended_rows = "".join(f" {reason}={count}" for reason, count in sorted(log.counts.items()))
     sys.stdout.write(f"--fix: rows_written={num_rows} rows_rejected={rejects.num_rows}{where}{mended_rows}\n")
-    return rejects.num_rows
+    return num_refused
 
 
 def target_of(path: Path, source: Path, target: Path) -> Path:
@@ -115,6 +122,8 @@ def mend_file(path: Path, kind: Kind, log: RowLog) -> Iterator[Mended]:
             continue
         try:
             yield Mended(json.dumps(mend_row(row, origin, kind, log), ensure_ascii=False), origin)
+        except DroppedRowError as refusal:
+            yield Mended(None, origin, str(refusal), row, dropped=True)
         except DataError as refusal:
             yield Mended(None, origin, str(refusal), row)
         except RecursionError:
@@ -153,12 +162,15 @@ def mend_row(row: dict, origin: str, kind: Kind, log: RowLog) -> dict:
         record = kind.parse(row, origin, dropped)
         log.add("names_of_another_dialect_renamed", origin)
     if record is None:
-        raise DataError(f"{origin}: {', '.join(dropped.counts)}; the stages drop this row")
+        for reason in dropped.counts:
+            log.add(reason, origin)
+        raise DroppedRowError(f"{origin}: {', '.join(dropped.counts)}; the stages drop this row")
     for reason in dropped.counts:
         log.add(reason, origin)
     name = next((name for name in ("messages", "conversations") if name in row), None)
     if name and kind.name == "chat":
-        row = {**row, name: row[name][: len(record.messages)]}
+        num_turns = len(record.messages) - (row.get("system") is not None)
+        row = {**row, name: row[name][:num_turns]}
     return row
 
 

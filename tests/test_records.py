@@ -140,6 +140,33 @@ def test_both_chat_formats_become_the_same_messages(tmp_path, row):
     assert records == [Chat(GREETING, f"{file}:1")]
 
 
+@pytest.mark.parametrize("form", ["conversations", "messages"])
+def test_a_system_field_of_the_row_is_the_system_message(tmp_path, form):
+    """LLaMA-Factory's ShareGPT rows have it; two system prompts are one too many."""
+    turns = {
+        "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}],
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}],
+    }[form]
+    file = tmp_path / "a.jsonl"
+    records, _ = read(file, json.dumps({form: turns, "system": "s"}), parse_chat)
+    assert records[0].messages == (Message("system", "s"), *GREETING)
+    own = dict(zip(turns[0], ("system", "t"), strict=True))
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: system: stands beside a system turn in {form}"):
+        read(file, json.dumps({form: [own, *turns], "system": "s"}), parse_chat)
+
+
+def test_an_alpaca_row_becomes_a_conversation(tmp_path):
+    row = {"instruction": "hi", "input": "there", "output": "hello", "system": "s", "history": [["q", "a"]]}
+    records, _ = read(tmp_path / "a.jsonl", json.dumps(row), parse_chat)
+    assert [(m.role, m.content) for m in records[0].messages] == [
+        ("system", "s"),
+        ("user", "q"),
+        ("assistant", "a"),
+        ("user", "hi\nthere"),
+        ("assistant", "hello"),
+    ]
+
+
 @pytest.mark.parametrize("system", ["You are a doctor.", ""])
 def test_a_system_message_comes_first_and_may_be_empty(tmp_path, system):
     row = {

@@ -96,8 +96,9 @@ def test_what_is_certain_is_mended_and_the_rest_stands_in_the_rejects(tmp_path, 
         word in found[number] and place(path, found[number]) == str(number)
         for number, word in refused.items()
     )
-    assert code == (3 if refused else 0)
-    assert not refused or message.startswith(f"{len(refused)} rows cannot be mended")
+    dropped = [reason for reason in found.values() if "the stages drop this row" in reason]
+    assert code == (3 if len(refused) > len(dropped) else 0)
+    assert code == 0 or message.startswith(f"{len(refused)} rows cannot be mended")
     assert validate(target) == (0, "")
     assert path.read_bytes() == before
     assert not list(tmp_path.glob(".*"))
