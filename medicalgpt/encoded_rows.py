@@ -123,7 +123,8 @@ class RowEncoder:
 
     def paint(self, ids: Sequence[int], labels: Sequence[int], colour: bool) -> str:
         """Return ids as text, with trained, masked and control tokens told apart."""
-        control = set(self.tokenizer.get_added_vocab().values()) | set(self.tokenizer.all_special_ids)
+        added = self.tokenizer.get_added_vocab().items()
+        control = {i for token, i in added if token.strip()} | set(self.tokenizer.all_special_ids)
         kinds = [(label != IGNORE_INDEX, token in control) for token, label in zip(ids, labels, strict=True)]
         groups = decoded_groups(self.tokenizer, ids, kinds)
         if colour:
