@@ -23,7 +23,7 @@ from medicalgpt.data_report import ProblemLog, Statistics
 from medicalgpt.errors import ConfigError, DataError, run_script
 from medicalgpt.kinds import KINDS, UNKNOWN, Kind, recognise
 from medicalgpt.records import Record, iterate_records, no_usable_row
-from medicalgpt.row_fixer import fix_files
+from medicalgpt.row_fixer import fix_files, fix_places
 from medicalgpt.row_log import RowLog
 from medicalgpt.tool_flags import parse_tool_arguments
 
@@ -106,6 +106,7 @@ def main(argv: list[str]) -> None:
     # 1. What is to be read.
     args = parse_tool_arguments(ValidateArguments, argv, __doc__)
     files = find_files(args.file, SUFFIXES, "--file")
+    places = fix_places(files, Path(args.file), Path(args.fix)) if args.fix else {}
     others = find_files(args.against, SUFFIXES, "--against") if args.against else []
 
     # 2. Every row, with the stages' reader.
@@ -122,7 +123,7 @@ def main(argv: list[str]) -> None:
     # 4. What can be mended.
     unmended = None
     if args.fix:
-        unmended = fix_files(Path(args.file), Path(args.fix), findings.kinds, RowLog())
+        unmended = fix_files(places, Path(args.fix), findings.kinds, RowLog())
     refuse_bad(other if unmended == 0 else findings, unmended, args)
 
 

@@ -41,12 +41,13 @@ class Mended:
     dropped: bool = False
 
 
-def fix_files(source: Path, target: Path, kinds: dict[Path, Kind], log: RowLog) -> int:
+def fix_files(places: dict[Path, Path], target: Path, kinds: dict[Path, Kind], log: RowLog) -> int:
     """Write mended copies of files.
 
     Args:
-        source, target: both a file, or both a directory.
-        kinds: the files, with the kind of their rows.
+        places: {file: where its mended copy goes}.
+        target: beside which the rejects go.
+        kinds: of the files' rows.
         log: counts what was mended.
 
     Returns:
@@ -54,15 +55,11 @@ def fix_files(source: Path, target: Path, kinds: dict[Path, Kind], log: RowLog) 
         stages drop.
 
     Raises:
-        ConfigError: the target cannot be. DataError: nothing is left to write.
+        DataError: nothing is left to write.
     """
     with ExitStack() as stack:
         rejects = RowWriter(target.with_name(target.name + REJECTS))
-        writers = {path: RowWriter(target_of(path, source, target)) for path in kinds}
-        if len({writer.path for writer in writers.values()}) < len(writers):
-            raise ConfigError(
-                f"--fix {target}: a .json and a .jsonl file of one name would become one; rename one of them"
-            )
+        writers = {path: RowWriter(place) for path, place in places.items()}
         for writer in (rejects, *writers.values()):
             stack.callback(writer.discard)
         first, num_rows, num_refused = "", 0, 0
@@ -78,7 +75,7 @@ def fix_files(source: Path, target: Path, kinds: dict[Path, Kind], log: RowLog) 
                 num_refused += not mended.dropped
         if not num_rows:
             raise DataError(
-                f"{first or f'{source}: holds no row'}; nothing can be mended, nothing was written"
+                f"{first or f'{next(iter(places))}:1: no row'}; nothing can be mended, nothing was written"
             )
         for writer in (rejects, *writers.values()):
             writer.publish()
@@ -86,6 +83,23 @@ def fix_files(source: Path, target: Path, kinds: dict[Path, Kind], log: RowLog) 
     mended_rows = "".join(f" {reason}={count}" for reason, count in sorted(log.counts.items()))
     sys.stdout.write(f"--fix: rows_written={num_rows} rows_rejected={rejects.num_rows}{where}{mended_rows}\n")
     return num_refused
+
+
+def fix_places(files: list[Path], source: Path, target: Path) -> dict[Path, Path]:
+    """Return {file: where its mended copy goes}.
+
+    Args:
+        source, target: --file and --fix, both a file or both a directory.
+
+    Raises:
+        ConfigError: the target cannot be.
+    """
+    places = {path: target_of(path, source, target) for path in files}
+    if len(set(places.values())) < len(places):
+        raise ConfigError(
+            f"--fix {target}: a .json and a .jsonl file of one name would become one; rename one of them"
+        )
+    return places
 
 
 def target_of(path: Path, source: Path, target: Path) -> Path:

@@ -153,7 +153,7 @@ def salvage(line: str, origin: str) -> Iterator[Found]:
         yield None, line.replace(UNREADABLE, "\ufffd"), origin, error
         return
     text = line
-    if text.startswith("[") or (text.endswith("}]") and not is_object(text)):
+    if text.startswith("[") or (text.endswith("}]") and not is_cut_object(text)):
         text = text.removeprefix("[").removesuffix("]")
     position = 0
     while position < len(text):
@@ -173,8 +173,8 @@ def salvage(line: str, origin: str) -> Iterator[Found]:
             position = BLANKS.match(text, position + 1).end()
 
 
-def is_object(text: str) -> bool:
-    """True when a text begins an object whose last bracket is its own: `{"a": [{…}]` that lacks its brace."""
+def is_cut_object(text: str) -> bool:
+    """True when a text's last bracket is its object's own, as in `{"a": [{…}]`, whose brace is missing."""
     try:
         LENIENT.raw_decode(text)
     except (ValueError, RecursionError):
