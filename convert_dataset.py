@@ -26,9 +26,10 @@ from itertools import islice
 from pathlib import Path
 
 from medicalgpt.data_files import REJECTS
-from medicalgpt.dialects import DIALECTS, Reading, UnknownFieldsError, convert_row
+from medicalgpt.dialects import DIALECTS, convert_row
 from medicalgpt.errors import ConfigError, DataError, run_script
-from medicalgpt.kinds import KINDS, UNKNOWN, kind_name
+from medicalgpt.kinds import KINDS, UNKNOWN, commonest_kind, kind_name
+from medicalgpt.row_fields import Reading, UnknownFieldsError
 from medicalgpt.row_log import RowLog
 from medicalgpt.row_writer import RowWriter
 from medicalgpt.tables import MAX_RAW, BrokenRow, Source, describe_source, read_source
@@ -121,13 +122,21 @@ def reading_of(args: ConvertArguments) -> Reading:
     )
 
 
-def detect_form(source: Source, reading: Reading) -> str:
-    """Return what the first rows are, in one line.
+def first_kind(source: Source) -> str | None:
+    """Return the kind of most of the first rows that are the toolkit's already."""
+    rows = islice(read_source(source), NUM_SAMPLED)
+    found = commonest_kind(row for row, _ in rows if isinstance(row, dict))
+    return found.name if found else None
+
+
+def detect_form(source: Source, reading: Reading) -> tuple[str, str | None]:
+    """Return (what the first rows are, in one line; the kind of most of them, None where none converts).
 
     Raises:
         ConfigError: not one of them says by its fields what it is.
     """
     seen: Counter[tuple[str, str]] = Counter()
+    kinds: Counter[str] = Counter()
     unknown, others = [], 0
     for row, origin in islice(read_source(source), NUM_SAMPLED):
         try:
@@ -141,6 +150,7 @@ def detect_form(source: Source, reading: Reading) -> str:
             others += 1
         else:
             seen[converted.dialect, converted.note] += 1
+            kinds[converted.kind] += 1
     if unknown and not seen and (source.is_table or not others):
         raise ConfigError(unknown[0])
     total = seen.total() + len(unknown) + others
@@ -149,7 +159,8 @@ def detect_form(source: Source, reading: Reading) -> str:
         for (dialect, note), count in seen.most_common(5)
     ]
     word = "taken as" if reading.dialect else "detected"
-    return f"{word} {'; '.join(parts or ['nothing'])}; {source.describe()}"
+    form = f"{word} {'; '.join(parts or ['nothing'])}; {source.describe()}"
+    return form, kinds.most_common(1)[0][0] if kinds else None
 
 
 @dataclass
@@ -176,26 +187,44 @@ class Tally:
 # ---- conversion --------------------------------------------------------------------------------------------
 
 
-def convert(row: dict, origin: str, reading: Reading, args: ConvertArguments, tally: Tally) -> dict:
+def convert(
+    row: dict, origin: str, reading: Reading, args: ConvertArguments, kind: str | None, tally: Tally
+) -> dict:
     """Return the row as it is to be written.
+
+    Args:
+        kind: what the file's rows are; a stage reads no file of several kinds.
 
     Raises:
         DataError: it cannot be converted, or the stages would refuse what comes out.
     """
     if args.data_type == "json2jsonl":
-        kind = KINDS.get(kind_name(row.keys()) or "", UNKNOWN)
-        if kind.parse(row, origin, log := RowLog()) is None:
+        found = KINDS.get(kind_name(row.keys()) or "", UNKNOWN)
+        require_kind(found.name, kind, origin)
+        if found.parse(row, origin, log := RowLog()) is None:
             raise DataError(f"{origin}: {', '.join(log.counts)}; the stages drop this row")
         return row
     converted = convert_row(row, origin, reading)
+    require_kind(converted.kind, kind, origin)
     validate_row(converted.kind, converted.row, origin)
     written = write_back(converted.kind, converted.row, origin, args.to)
     tally.lost_fields.update(converted.lost)
     return written
 
 
+def require_kind(found: str, kind: str | None, origin: str) -> None:
+    """Refuse a row of another kind than the file's."""
+    if kind and found in ("text", "chat", "pair", "prompt") and found != kind:
+        raise DataError(f"{origin}: is a {found} row among {kind} rows; convert it into a file of its own")
+
+
 def convert_file(
-    source: Source, reading: Reading, args: ConvertArguments, rows: RowWriter, rejects: RowWriter
+    source: Source,
+    reading: Reading,
+    args: ConvertArguments,
+    kind: str | None,
+    rows: RowWriter,
+    rejects: RowWriter,
 ) -> Tally:
     """Write every row of the file to `rows` or to `rejects`."""
     tally = Tally()
@@ -203,7 +232,7 @@ def convert_file(
         try:
             if isinstance(row, BrokenRow):
                 raise DataError(f"{origin}: {row.reason}")
-            rows.write(convert(row, origin, reading, args, tally))
+            rows.write(convert(row, origin, reading, args, kind, tally))
         except (DataError, ValueError, RecursionError) as error:  # the latter two: of what JSON cannot hold
             reason = str(error).removeprefix(f"{origin}: ")
             tally.reject(reason)
@@ -240,22 +269,31 @@ def main(argv: list[str]) -> None:
 
     # 2. What is it?
     source = describe_source(in_file, args.encoding)
-    form = detect_form(source, reading) if args.data_type != "json2jsonl" else "rows stay as they are"
+    if args.data_type == "json2jsonl":
+        form, kind = "rows stay as they are", first_kind(source)
+    else:
+        form, kind = detect_form(source, reading)
     logger.info("%s", form)
+    if len(source.sheets) > 1:
+        others = ", ".join(source.sheets[1:])
+        logger.warning("warning: sheet %s is read; %s are not, save each as a file", source.sheets[0], others)
 
     # 3. Convert, beside
     with contextlib.ExitStack() as stack:
         rows, rejects = RowWriter(out_file), RowWriter(rejects_file)
         stack.callback(rows.discard)
         stack.callback(rejects.discard)
-        tally = convert_file(source, reading, args, rows, rejects)
+        tally = convert_file(source, reading, args, kind, rows, rejects)
 
         # 4. Publish
         total = rows.num_rows + rejects.num_rows
+        if not total:
+            raise DataError(f"{in_file}:1: the file holds no row; nothing was written")
         if not rows.num_rows:
+            rejects.publish()
             raise DataError(
-                f"{in_file}: none of {total} rows could be converted: {tally.lines() or 'it has none'}; "
-                "nothing was written"
+                f"{in_file}: none of {total} rows could be converted: {tally.lines()}; they are in "
+                f"{rejects_file}"
             )
         rejects.publish()
         rows.publish()

@@ -10,9 +10,11 @@ CONTROL_TEXT = re.compile(
     r"<\|[A-Za-z]\w{0,40}\|>|<｜[^｜<>\n]{1,40}｜>|</?s>|<(?:start|end)_of_turn>|<eo[ahm]>|\[/?INST\]|<</?SYS>>"
 )
 ZERO_WIDTH = ("\u200b", "\u2060", "\ufeff")  # not the joiners, which shape emoji and scripts
+CONVERSATION_FIELDS = {"conversations", "messages", "instruction", "input", "system", "history", "tools"}
 CONTENT_FIELDS = {
-    *("text", "conversations", "messages", "instruction", "input", "output", "question", "response_chosen"),
-    *("response_rejected", "chosen", "rejected", "system", "history", "tools"),
+    "text": {"text"},
+    "chat": CONVERSATION_FIELDS | {"output"},
+    "pair": CONVERSATION_FIELDS | {"question", "response_chosen", "response_rejected", "chosen", "rejected"},
 }
 
 
@@ -45,10 +47,10 @@ def check_content(text: str, label: str, origin: str, log: RowLog) -> str:
     return text
 
 
-def check_fields(row: dict, origin: str, log: RowLog) -> None:
+def check_fields(row: dict, kind: str, origin: str, log: RowLog) -> None:
     """Check every text of the fields that are trained on; see `check_content`."""
     for name, value in row.items():
-        if name in CONTENT_FIELDS:
+        if name in CONTENT_FIELDS[kind]:
             check_value(value, name, origin, log)
 
 

@@ -10,37 +10,36 @@ become {"conversations"}, {"question", "response_chosen", "response_rejected"} (
 "rejected"}) and {"text"}; every other field is kept where its name is free. See `medicalgpt.turns` for turns.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from medicalgpt.errors import DataError
 from medicalgpt.html_text import html_to_text
-from medicalgpt.turns import is_dialogue, is_empty_answer, is_packed, is_tagged, read_turns, unpack_text
+from medicalgpt.row_fields import (
+    ANSWER_FIELDS,
+    QUESTION_FIELDS,
+    SYSTEM_FIELDS,
+    TURN_FIELDS,
+    Reading,
+    UnknownFieldsError,
+    field_among,
+    find_column,
+    join_system,
+    lead_in,
+    question_names,
+    read_instruction,
+    read_prompt_text,
+    refuse_second_question,
+    text_of,
+)
+from medicalgpt.turns import is_dialogue, is_empty_answer, is_packed, is_tagged, read_turns
 
-TURN_FIELDS = ("conversations", "conversation", "messages", "dialog", "dialogue")
 CHOSEN_FIELDS = ("chosen", "response_chosen")
 REJECTED_FIELDS = ("rejected", "response_rejected")
-QUESTION_FIELDS = ("ask", "question", "query", "q", "prompt", "问题", "提问")
-ANSWER_FIELDS = ("answer", "response", "output", "a", "回答", "答案", "回复")
-SYSTEM_FIELDS = ("system", "system_prompt")
+OUTPUT_FIELDS = ("output", "response")
 # An extra field of one of these names would change what a row means.
-TAKEN = {*TURN_FIELDS, *CHOSEN_FIELDS, *REJECTED_FIELDS, *SYSTEM_FIELDS, "history", "tools"}
+OWN = ("history", "tools", "instruction", "output")
+TAKEN = {*TURN_FIELDS, *CHOSEN_FIELDS, *REJECTED_FIELDS, *SYSTEM_FIELDS, *OWN}
 DIALECTS = ("alpaca", "qa", "sharegpt", "openai", "dpo", "text")
-
-
-class UnknownFieldsError(DataError):
-    """The fields of a row do not say what it is."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How rows are to be read; None is found out from each row."""
-
-    dialect: str | None = None
-    question_column: str | None = None
-    answer_column: str | None = None
-    system_column: str | None = None
-    strip_html: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,24 +51,6 @@ class Converted:
     dialect: str
     note: str
     lost: tuple[str, ...] = ()  # fields whose names were not free
-
-
-# ---- fields ------------------------------------------------------------------------------------------------
-
-
-def field_among(row: dict, names: Iterable[str], purpose: str, origin: str) -> str | None:
-    """Return the row's own name of the one field among `names`, in any case, or None.
-
-    Raises:
-        UnknownFieldsError: more than one could be meant.
-    """
-    found = [key for key in row if key.strip().lower() in names and row[key] is not None]
-    if len(found) > 1:
-        raise UnknownFieldsError(
-            f"{origin}: {' and '.join(found)} may each hold the {purpose}; the row has {', '.join(row)}; say "
-            "which with --question_column and --answer_column, or rename one"
-        )
-    return found[0] if found else None
 
 
 def recognise_row(row: dict, origin: str) -> str:
@@ -101,67 +82,6 @@ def recognise_row(row: dict, origin: str) -> str:
     )
 
 
-def text_of(row: dict, name: str, origin: str) -> str:
-    """Return a field that must be text."""
-    if not isinstance(row[name], str):
-        raise DataError(f"{origin}: {name}: is {type(row[name]).__name__}; expected a string")
-    return row[name]
-
-
-def system_turn(row: dict, names: Iterable[str], used: set[str], origin: str) -> list[dict]:
-    """Return the system turn that a field of the row holds, or nothing where it is absent or empty."""
-    name = field_among(row, names, "system prompt", origin)
-    if name is None:
-        return []
-    used.add(name)
-    system = text_of(row, name, origin)
-    return [{"from": "system", "value": system}] if system.strip() else []
-
-
-def lead_in(row: dict, reading: Reading, used: set[str], origin: str) -> list[dict]:
-    """Return the turns of the fields system and history, which come before a row's question."""
-    names = SYSTEM_FIELDS
-    if reading.system_column:
-        names = (find_column(row, reading.system_column, (), "system", origin).strip().lower(),)
-    system, history = system_turn(row, names, used, origin), []
-    name = field_among(row, ("history",), "history", origin)
-    if name:
-        used.add(name)
-        blank = isinstance(row[name], str) and not row[name].strip()
-        history = [] if blank or row[name] == [] else read_turns(row[name], name, origin)
-    return join_system(system, history, origin)
-
-
-def join_system(system: list[dict], turns: list[dict], origin: str) -> list[dict]:
-    """Put the row's system prompt before its turns, which may already begin with it."""
-    if not system or turns[:1] == system:
-        return turns
-    if turns and turns[0]["from"] == "system":
-        raise DataError(f"{origin}: system: differs from the system turn of the conversation; remove one")
-    return system + turns
-
-
-def question_names(row: dict) -> tuple[str, ...]:
-    """Return the names a question's column may have: `input` is one beside a plain `output` only."""
-    plain = not any(key.strip().lower() in (*QUESTION_FIELDS, "instruction") for key in row)
-    return ("input",) if plain else QUESTION_FIELDS
-
-
-def find_column(row: dict, chosen: str | None, names: tuple[str, ...], purpose: str, origin: str) -> str:
-    """Return the column that a flag names or, without the flag, the one whose name says it.
-
-    Raises:
-        UnknownFieldsError: there is none.
-    """
-    name = field_among(row, (chosen.strip().lower(),) if chosen else names, purpose, origin)
-    if name is None:
-        raise UnknownFieldsError(
-            f"{origin}: no {purpose} column{f' {chosen!r}' if chosen else ''}; the row has "
-            f"{', '.join(row)}; name it with --{purpose}_column"
-        )
-    return name
-
-
 # ---- dialects ----------------------------------------------------------------------------------------------
 
 
@@ -170,6 +90,8 @@ def read_qa(row: dict, reading: Reading, origin: str) -> tuple[dict, set[str], s
     question = find_column(row, reading.question_column, question_names(row), "question", origin)
     answer = find_column(row, reading.answer_column, ANSWER_FIELDS, "answer", origin)
     used = {question, answer}
+    if not reading.question_column:
+        refuse_second_question(row, question, origin)
     turns = lead_in(row, reading, used, origin) + read_prompt_text(text_of(row, question, origin), origin)
     if not text_of(row, answer, origin).strip():
         raise DataError(f"{origin}: {answer}: is empty; write the answer or remove the row")
@@ -179,33 +101,17 @@ def read_qa(row: dict, reading: Reading, origin: str) -> tuple[dict, set[str], s
 
 def read_alpaca(row: dict, reading: Reading, origin: str) -> tuple[dict, set[str], str]:
     """Alpaca fields (Dolly: instruction, context, response) → (chat row, fields used, note)."""
-    output, addition = field_among(row, ("output",), "answer", origin), "input"
-    if output is None:
-        output, addition = field_among(row, ("response",), "answer", origin), "context"
+    output = field_among(row, OUTPUT_FIELDS, "answer", origin)
     if output is None:
         raise UnknownFieldsError(f"{origin}: output: missing; the row has {', '.join(row)}")
     used: set[str] = set()
     turns = lead_in(row, reading, used, origin)
-    turns += read_prompt_text(read_instruction(row, addition, used, origin), origin)
+    turns += read_prompt_text(read_instruction(row, used, origin), origin)
     used.add(output)
     answer = {"from": "gpt", "value": text_of(row, output, origin)}
     if not is_empty_answer(answer):
         turns.append(answer)
     return {"conversations": turns}, used, f"fields {', '.join(name for name in row if name in used)}"
-
-
-def read_instruction(row: dict, addition: str, used: set[str], origin: str) -> str:
-    """Return the question of an Alpaca row: the instruction and below it the input, where there is one."""
-    name = field_among(row, ("instruction",), "instruction", origin)
-    if name is None:
-        raise UnknownFieldsError(f"{origin}: instruction: missing; the row has {', '.join(row)}")
-    parts = [text_of(row, name, origin)]
-    used.add(name)
-    extra = field_among(row, (addition,), "input", origin)
-    if extra:
-        parts.append(text_of(row, extra, origin))
-        used.add(extra)
-    return "\n".join(part for part in parts if part.strip())
 
 
 def read_chat(row: dict, reading: Reading, origin: str) -> tuple[dict, set[str], str]:
@@ -258,25 +164,20 @@ def is_comparison(output: object) -> bool:
 def read_pair_prompt(row: dict, reading: Reading, used: set[str], origin: str) -> list[dict]:
     """Return the turns before the answers, as far as fields of their own hold them."""
     turns = lead_in(row, reading, used, origin)
-    names = (*TURN_FIELDS, *QUESTION_FIELDS, "instruction")
+    asked = any(key.strip().lower() in QUESTION_FIELDS for key in row)
+    whole = isinstance(row.get("chosen"), list) and asked  # UltraFeedback: messages repeat the better side
+    names = (*(() if whole else TURN_FIELDS), *QUESTION_FIELDS, "instruction")
     name = field_among(row, names, "prompt", origin)
     if name is None:
         return turns
     used.add(name)
     if name.lower() == "instruction":
-        return [*turns, {"from": "human", "value": read_instruction(row, "input", used, origin)}]
+        return [*turns, {"from": "human", "value": read_instruction(row, used, origin)}]
+    if name.lower() != "prompt" and name.lower() not in TURN_FIELDS:
+        refuse_second_question(row, name, origin)
     if isinstance(row[name], str) and name.lower() not in TURN_FIELDS:
         return turns + read_prompt_text(row[name], origin)
     return join_system(turns, read_turns(row[name], name, origin), origin)
-
-
-def read_prompt_text(text: str, origin: str) -> list[dict]:
-    """Return a question as a turn; a text that ends with the mark of an answer is a whole conversation."""
-    if is_packed(text):
-        *turns, last = unpack_text(text, "prompt", origin)
-        if is_empty_answer(last):
-            return turns
-    return [{"from": "human", "value": text}]
 
 
 def read_answer_turns(value: object, name: str, has_prompt: bool, origin: str) -> list[dict]:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from medicalgpt.errors import ConfigError, DataError
-from medicalgpt.file_faults import NOT_TEXT
+from medicalgpt.file_faults import HEAD_BYTES, NOT_TEXT, wide_encoding
 
 PIECE = 1 << 20  # bytes
 BYTE_ORDER_MARKS = {
@@ -32,7 +32,7 @@ def recognise_encoding(path: Path, chosen: str | None = None) -> str:
         DataError: the file is empty, no text, or in none of these encodings.
     """
     with open(path, "rb") as file:
-        head = file.read(64)
+        head = file.read(HEAD_BYTES)
     if not head.strip():
         raise DataError(f"{path}:1: the file is empty; remove it or fill it")
     for magic, what in NOT_TEXT.items():
@@ -46,18 +46,25 @@ def recognise_encoding(path: Path, chosen: str | None = None) -> str:
             raise ConfigError(f"--encoding {chosen} is not known; expected utf-8, gb18030, …") from None
     if marked == "utf-8-sig" and chosen in (None, "utf-8", "utf8", "UTF-8"):
         chosen = marked  # else the mark would stick to the first column's name
-    candidates = [chosen or marked] if chosen or marked else ["utf-8", "gb18030"]
+    wide = None if chosen or marked else wide_encoding(head)
+    candidates = [name] if (name := chosen or marked or wide) else ["utf-8", "gb18030"]
     faults = []
     for name in candidates:
-        fault = decoding_fault(path, name)
+        fault = decoding_fault(path, name, is_chosen=chosen is not None)
         if fault is None:
             return name
         faults.append(fault)
-    raise DataError(f"{path}:{faults[0]}; expected {' or '.join(candidates)}, or name it with --encoding")
+    others = "".join(f" and {fault.partition(': ')[2]}" for fault in faults[1:])
+    expected = " or ".join(candidates)
+    raise DataError(f"{path}:{faults[0]}{others}; expected {expected}, or name it with --encoding")
 
 
-def decoding_fault(path: Path, encoding: str) -> str | None:
-    """Return `line: what` of the first place that does not decode, or None where the whole file does."""
+def decoding_fault(path: Path, encoding: str, *, is_chosen: bool = False) -> str | None:
+    """Return `line: what` of the first place that does not decode, or None where the whole file does.
+
+    Args:
+        is_chosen: the user named the encoding; what decodes is then not doubted.
+    """
     decoder = codecs.getincrementaldecoder(encoding)("strict")
     line, foreign = 1, ""
     with open(path, "rb") as file:
@@ -77,6 +84,6 @@ def decoding_fault(path: Path, encoding: str) -> str | None:
             if not piece:
                 break
     common = len(foreign.encode("gb2312", "ignore")) / 2
-    if foreign and common < len(foreign) / 2:
+    if foreign and not is_chosen and common < len(foreign) / 2:
         return "1: would be Chinese of mostly rare characters in gb18030, so it is probably none"
     return None

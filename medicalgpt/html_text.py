@@ -1,7 +1,7 @@
 """HTML → the text that a reader sees. Standard library only."""
 
+import html
 import re
-from html.parser import HTMLParser
 
 UNSEEN = frozenset({"script", "style", "head", "title"})
 BREAKING = frozenset(
@@ -15,51 +15,32 @@ INLINE = frozenset(
 )
 
 
-class VisibleText(HTMLParser):
-    """Collects text; a tag that is none of HTML (<think>, <user>) is text."""
+FLAGS = "async|checked|controls|defer|disabled|hidden|multiple|nowrap|readonly|required|selected"
+ATTRIBUTE = rf"""\s+(?:[a-zA-Z_:][-\w:.]*\s*=\s*(?:"[^"]*"|'[^']*'|[^\s"'<>=`]+)|(?:{FLAGS})\b)"""
+TAG = re.compile(rf"<(/?)([a-zA-Z][a-zA-Z0-9]*)(?:{ATTRIBUTE})*\s*/?>")
+UNSEEN_BLOCK = re.compile(rf"<({'|'.join(UNSEEN)})(?:{ATTRIBUTE})*\s*>.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
+COMMENT = re.compile(r"<!--.*?-->|<!doctype[^<>]*>", re.IGNORECASE | re.DOTALL)
+ENTITY = re.compile(r"&(?:#\d+|#[xX][0-9a-fA-F]+|[a-zA-Z][a-zA-Z0-9]*);")  # only with its semicolon
 
-    def __init__(self):
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self.unseen = 0  # open tags whose content is not seen
 
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        """Leave a tag of HTML out; a block begins a new line."""
-        if tag in UNSEEN:
-            self.unseen += 1
-        elif tag in BREAKING:
-            self.parts.append("\n")
-        elif tag in ("td", "th"):
-            self.parts.append(" ")
-        elif tag not in INLINE:
-            self.handle_data(self.get_starttag_text())
-
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
-        """Take <br/> as <br>: what closes at once hides nothing."""
-        if tag not in UNSEEN:
-            self.handle_starttag(tag, attrs)
-
-    def handle_endtag(self, tag: str) -> None:
-        """A block ends its line."""
-        if tag in UNSEEN:
-            self.unseen = max(0, self.unseen - 1)
-        elif tag in BREAKING:
-            self.parts.append("\n")
-        elif tag not in INLINE:
-            self.handle_data(f"</{tag}>")
-
-    def handle_data(self, data: str) -> None:
-        """Keep text, unless it belongs to a script or the like."""
-        if not self.unseen:
-            self.parts.append(data)
+def replace_tag(match: re.Match) -> str:
+    """Return what stands for a tag: a line end, a space or nothing; what is none of HTML (<think>) stays."""
+    tag = match[2].lower()
+    if tag in BREAKING:
+        return "\n"
+    if tag in ("td", "th"):
+        return " "
+    return "" if tag in INLINE else match[0]
 
 
 def html_to_text(text: str) -> str:
-    """Return the text without HTML tags, entities as characters, at most one blank line in a row."""
+    """Return the text without HTML tags, entities as characters, at most one blank line in a row.
+
+    A tag is a known element's name with nothing but attributes behind it, so that `a<b && c>d` stays. A
+    script, style or title goes with its content where it is closed.
+    """
     if "<" not in text and "&" not in text:
         return text
-    parser = VisibleText()
-    parser.feed(text)
-    parser.close()
-    visible = "".join(parser.parts).replace("\xa0", " ")
+    visible = TAG.sub(replace_tag, UNSEEN_BLOCK.sub("", COMMENT.sub("", text)))
+    visible = ENTITY.sub(lambda match: html.unescape(match[0]), visible).replace("\xa0", " ")
     return re.sub(r"[ \t]*\n[ \t]*(?:\n[ \t]*)+", "\n\n", re.sub(r"[ \t]+\n", "\n", visible)).strip()

@@ -45,7 +45,7 @@ KINDS = {
 }
 ALLOWED = (
     "text, or conversations, messages or instruction and output, or question, response_chosen and "
-    "response_rejected, or prompt"
+    "response_rejected, or conversations or instruction with chosen and rejected, or prompt"
 )
 
 

@@ -6,6 +6,7 @@
            or {"instruction"[, "input"], "output"[, "system", "history"]} (Alpaca)
     pair   {"question", "response_chosen", "response_rejected"[, "system", "history"]}
            or {"conversations": [… ending with human], "chosen", "rejected"}
+           or {"instruction"[, "input"], "chosen", "rejected"[, "system", "history"]} (Alpaca)
     tools  a chat or pair row may offer "tools"; then turns may be function_call and observation (ShareGPT),
            or hold tool_calls and be answered by role tool (OpenAI)
 
@@ -199,7 +200,7 @@ def check_calls(messages: list[Message], origin: str, log: RowLog) -> None:
 def parse_text(row: dict, origin: str, log: RowLog) -> Text:
     """{"text": …} → Text."""
     text = Text(require_text(row, "text", origin), origin)
-    check_fields(row, origin, log)
+    check_fields(row, "text", origin, log)
     return text
 
 
@@ -207,7 +208,7 @@ def parse_chat(row: dict, origin: str, log: RowLog) -> Chat | None:
     """A ShareGPT, OpenAI or Alpaca row → Chat. A last question without answer is dropped and counted."""
     is_alpaca = "instruction" in row and not {"conversations", "messages"} & row.keys()
     messages = parse_alpaca(row, origin) if is_alpaca else parse_messages(row, origin)
-    check_fields(row, origin, log)
+    check_fields(row, "chat", origin, log)
     check_calls(messages, origin, log)
     if not any(message.role == "assistant" for message in messages):
         log.add("row_without_answer_dropped", origin)
@@ -224,18 +225,20 @@ def parse_chat(row: dict, origin: str, log: RowLog) -> Chat | None:
 
 def parse_alpaca(row: dict, origin: str) -> list[Message]:
     """An Alpaca row → messages. The input stands on the line below the instruction."""
+    answer = Message("assistant", require_text(row, "output", origin))
+    return [*parse_history(row, origin), parse_instruction(row, origin), answer]
+
+
+def parse_instruction(row: dict, origin: str) -> Message:
+    """Return the question of an Alpaca row."""
     question = require_text(row, "instruction", origin)
     if row.get("input") not in (None, ""):
         question += "\n" + require_text(row, "input", origin, may_be_empty=True)
-    return [
-        *parse_history(row, origin),
-        Message("user", question),
-        Message("assistant", require_text(row, "output", origin)),
-    ]
+    return Message("user", question)
 
 
 def parse_pair(row: dict, origin: str, log: RowLog) -> Pair | None:
-    """A preference row in either form → Pair. Two equal answers teach nothing: dropped and counted."""
+    """A preference row in any form → Pair. Two equal answers teach nothing: dropped and counted."""
     if "conversations" in row or "messages" in row:
         prompt = parse_messages(row, origin)
         if prompt[-1].role == "assistant":
@@ -244,12 +247,15 @@ def parse_pair(row: dict, origin: str, log: RowLog) -> Pair | None:
                 "a pair's prompt ends with a question"
             )
         chosen, rejected = "chosen", "rejected"
+    elif "instruction" in row and "question" not in row:
+        prompt = [*parse_history(row, origin), parse_instruction(row, origin)]
+        chosen, rejected = "chosen", "rejected"
     else:
         prompt = parse_history(row, origin)
         prompt.append(Message("user", require_text(row, "question", origin)))
         chosen, rejected = "response_chosen", "response_rejected"
     answers = parse_answer(row, chosen, origin), parse_answer(row, rejected, origin)
-    check_fields(row, origin, log)
+    check_fields(row, "pair", origin, log)
     check_calls([*prompt, *answers], origin, log)
     if answers[0] == answers[1]:
         log.add("identical_answers_dropped", origin)

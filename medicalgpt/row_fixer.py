@@ -14,9 +14,10 @@ from pathlib import Path
 
 from medicalgpt.content import INVISIBLE, check_content
 from medicalgpt.data_files import REJECTS
-from medicalgpt.dialects import Reading, convert_row
+from medicalgpt.dialects import convert_row
 from medicalgpt.errors import ConfigError, DataError
 from medicalgpt.kinds import UNKNOWN, Kind, commonest_kind
+from medicalgpt.row_fields import Reading
 from medicalgpt.row_log import RowLog
 from medicalgpt.row_writer import RowWriter
 from medicalgpt.text_repair import UNREADABLE, detect_encoding, lenient_lines, salvage_rows

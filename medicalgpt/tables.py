@@ -4,6 +4,7 @@ A line that is no row comes as a `BrokenRow` and reading goes on. Standard libra
 are imported where such a file is read.
 """
 
+import contextlib
 import csv
 import datetime
 import decimal
@@ -16,6 +17,7 @@ from pathlib import Path
 from medicalgpt.data_files import read_array
 from medicalgpt.encodings import PIECE, recognise_encoding
 from medicalgpt.errors import DataError
+from medicalgpt.json_array import MAX_ROW_BYTES
 from medicalgpt.json_values import decode_json, json_type
 from medicalgpt.row_log import RowLog
 
@@ -35,12 +37,13 @@ class BrokenRow:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file of rows; `form` is lines, array, csv, xlsx or parquet."""
+    """A file of rows; `form` is lines, array, csv, xlsx or parquet. Only the first of `sheets` is read."""
 
     path: Path
     form: str
     encoding: str | None = None
     delimiter: str = ","
+    sheets: tuple[str, ...] = ()
 
     @property
     def is_table(self) -> bool:
@@ -67,8 +70,10 @@ def describe_source(path: Path, encoding: str | None = None) -> Source:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise DataError(f"{path}: is a {suffix or 'nameless'} file; expected {', '.join(SUFFIXES)}")
-    if suffix in (".xlsx", ".parquet"):
-        return Source(path, suffix[1:])
+    if suffix == ".xlsx":
+        return Source(path, "xlsx", sheets=filled_sheets(path))
+    if suffix == ".parquet":
+        return Source(path, "parquet")
     encoding = recognise_encoding(path, encoding)
     with open(path, encoding=encoding, newline="") as file:
         head = file.readline(PIECE)
@@ -118,6 +123,12 @@ def read_json_lines(source: Source) -> Iterator[Row]:
             if not line.strip():
                 continue
             origin = f"{source.path}:{number}"
+            if len(line) > MAX_ROW_BYTES or len(line.encode()) > MAX_ROW_BYTES:
+                yield (
+                    BrokenRow(line[:MAX_RAW], f"a row of more than {MAX_ROW_BYTES >> 20} MiB; split it"),
+                    origin,
+                )
+                continue
             try:
                 value = decode_json(line.strip(), origin)
             except DataError as error:
@@ -266,21 +277,46 @@ def table_row(header: list[str], cells: list[str]) -> dict | BrokenRow:
 # ---- workbooks and parquet ---------------------------------------------------------------------------------
 
 
-def read_xlsx(source: Source) -> Iterator[Row]:
-    """Yield the rows of a workbook's first sheet, all cells as text, as a csv of it would have them.
+@contextlib.contextmanager
+def open_workbook(path: Path) -> Iterator:
+    """Open a workbook for reading.
 
     Raises:
-        DataError: the file is no workbook, or the header cannot be used.
+        DataError: the file is none.
     """
     import openpyxl  # noqa: PLC0415  (slow to import; only a workbook needs it)
 
     try:
-        book = openpyxl.load_workbook(source.path, read_only=True, data_only=True)
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
     except Exception as error:  # openpyxl lets errors of zipfile, xml and its own through
-        raise DataError(f"{source.path}: is no .xlsx workbook: {error}") from None
+        raise DataError(f"{path}: is no .xlsx workbook: {error}") from None
     try:
-        sheet = book.worksheets[0]
-        sheet.reset_dimensions()  # some programs write wrong ones
+        for sheet in book.worksheets:
+            sheet.reset_dimensions()  # some programs write wrong ones
+        yield book
+    finally:
+        book.close()
+
+
+def filled_sheets(path: Path) -> tuple[str, ...]:
+    """Return the names of the sheets on which something stands; of the first where nothing does."""
+    with open_workbook(path) as book:
+        names = tuple(
+            sheet.title
+            for sheet in book.worksheets
+            if any(cell is not None for cells in sheet.iter_rows(values_only=True) for cell in cells)
+        )
+        return names or (book.worksheets[0].title,)
+
+
+def read_xlsx(source: Source) -> Iterator[Row]:
+    """Yield the rows of a workbook's first filled sheet, all cells as text, as a csv of it would have them.
+
+    Raises:
+        DataError: the header cannot be used.
+    """
+    with open_workbook(source.path) as book:
+        sheet = book[source.sheets[0]]
         header: list[str] = []
         for number, cells in enumerate(sheet.iter_rows(values_only=True), 1):
             origin = f"{source.path}:{number}"
@@ -293,8 +329,6 @@ def read_xlsx(source: Source) -> Iterator[Row]:
                 header = check_header(texts, origin)
             else:
                 yield table_row(header, texts + [""] * (len(header) - len(texts))), origin
-    finally:
-        book.close()
 
 
 def cell_text(value: object) -> str:
@@ -337,6 +371,7 @@ def check_cells(row: dict, texts: set[str]) -> dict | BrokenRow:
         if value is not None or name in texts
     }
     try:
+        row = {name: None if value != value else value for name, value in row.items()}  # NaN: no value
         return json.loads(json.dumps(row, default=json_value, allow_nan=False))
     except (TypeError, ValueError) as error:
         return BrokenRow(repr(row)[:MAX_RAW], f"holds what JSON cannot: {error}")

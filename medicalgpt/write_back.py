@@ -4,9 +4,10 @@ Standard library only.
 """
 
 from medicalgpt.call_rows import name_calls
-from medicalgpt.dialects import Reading, convert_row
+from medicalgpt.dialects import convert_row
 from medicalgpt.errors import DataError
 from medicalgpt.records import Chat, Pair, RowLog, Text, parse_chat, parse_messages, parse_pair, parse_text
+from medicalgpt.row_fields import Reading
 from template import Message
 
 OWN_FIELDS = {
@@ -55,6 +56,7 @@ def write_back(kind: str, row: dict, origin: str, form: str) -> dict:
     back = convert_row({**others, **written}, origin, Reading("dpo" if kind == "pair" else form)).row
     if whole_record(kind, back, origin) != whole_record(kind, row, origin):
         raise DataError(f"{origin}: the row reads back differently from {form} form; leave --to out")
+    validate_row(kind, written, origin)
     clash = sorted(set(others) & set(written))
     if clash:
         raise DataError(f"{origin}: {', '.join(clash)}: the {form} row has a field of that name; rename it")

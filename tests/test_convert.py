@@ -13,6 +13,9 @@ from medicalgpt.errors import ConfigError, DataError
 from medicalgpt.html_text import html_to_text
 from medicalgpt.tool_flags import parse_tool_arguments
 
+import openpyxl
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +55,8 @@ def rejects_of(path, *flags, match="rejected"):
 
 def reason_of(tmp_path, row, *flags):
     """Return why a row is rejected; a good row stands before it."""
-    path = write_lines(tmp_path / "in.jsonl", [GOOD, row])
+    is_pair = {"chosen", "response_chosen"} & set(row)
+    path = write_lines(tmp_path / "in.jsonl", [PAIR if is_pair else GOOD, row])
     rows, rejects = rejects_of(path, *flags)
     assert len(rows) == len(rejects) == 1
     assert rejects[0]["origin"] == f"{path}:2"
@@ -152,8 +156,20 @@ def test_a_chat_of_every_dialect_becomes_conversations(tmp_path, name):
 
 
 def test_rows_of_all_dialects_may_stand_in_one_file(tmp_path):
-    rows = convert_rows(tmp_path, [row for row, _ in CHATS.values()] + [{"text": "t"}])
-    assert rows == [{"conversations": expected} for _, expected in CHATS.values()] + [{"text": "t"}]
+    rows = convert_rows(tmp_path, [row for row, _ in CHATS.values()])
+    assert rows == [{"conversations": expected} for _, expected in CHATS.values()]
+
+
+@pytest.mark.parametrize("flags", [(), ("--data_type", "json2jsonl")])
+def test_a_row_of_another_kind_than_most_is_a_reject(tmp_path, flags):
+    """No stage reads a file of two kinds."""
+    path = write_lines(tmp_path / "in.jsonl", [GOOD, {"text": "t"}, GOOD, PAIR])
+    rows, rejects = rejects_of(path, *flags)
+    assert rows == [GOOD, GOOD]
+    assert [(one["origin"], one["reason"].partition(";")[0]) for one in rejects] == [
+        (f"{path}:2", "is a text row among chat rows"),
+        (f"{path}:4", "is a pair row among chat rows"),
+    ]
 
 
 PAIR = {"question": "q", "response_chosen": "c", "response_rejected": "r"}
@@ -230,7 +246,7 @@ def test_text_is_a_conversation_only_where_the_user_says_so(tmp_path):
 
 
 def test_json2jsonl_keeps_rows_as_they_are(tmp_path):
-    rows = [{"text": "<b>", "anything": [1, None]}, {"instruction": "q", "output": "a"}]
+    rows = [{"messages": messages("q", "a"), "anything": [1, None]}, {"instruction": "q", "output": "a"}]
     path = tmp_path / "in.json"
     path.write_text(json.dumps(rows, indent=2), encoding="utf-8")
     assert convert_path(path, "--data_type", "json2jsonl") == rows
@@ -272,17 +288,30 @@ def test_calls_and_results_become_openai_messages_with_ids(tmp_path):
 @pytest.mark.parametrize("form", ["openai", "alpaca"])
 def test_conversations_come_back_whole(tmp_path, form):
     rows = [{"conversations": expected, "id": name} for name, (_, expected) in CHATS.items()]
-    rows += [{**expected, "id": name} for name, (_, expected) in PAIRS.items() if "tools" not in expected]
-    rows += [CALL_ROW, PAIRS["an answer that is a call"][1]] if form == "openai" else []
-    written = convert_rows(tmp_path, rows, "--to", form)
-    assert convert_rows(tmp_path, written) == rows
+    if form == "alpaca":
+        rows = [row for row in rows if row["conversations"][-1]["from"] == "gpt"]
+    rows += [CALL_ROW] if form == "openai" else []
+    assert convert_rows(tmp_path, convert_rows(tmp_path, rows, "--to", form)) == rows
+
+
+@pytest.mark.parametrize("form", ["openai", "alpaca"])
+def test_pairs_come_back_whole(tmp_path, form):
+    rows = [{**expected, "id": name} for name, (_, expected) in PAIRS.items() if "tools" not in expected]
+    rows += [PAIRS["an answer that is a call"][1]] if form == "openai" else []
+    assert convert_rows(tmp_path, convert_rows(tmp_path, rows, "--to", form)) == rows
+
+
+def test_a_question_without_answer_is_no_alpaca_row(tmp_path):
+    assert "output: is empty" in reason_of(
+        tmp_path, {"conversations": turns("q", "a", "q2")}, "--to", "alpaca"
+    )
 
 
 def test_openai_messages_come_back_as_they_were(tmp_path):
     (calls,) = convert_rows(tmp_path, [CALL_ROW], "--to", "openai")
     pair = {"messages": messages("q"), "chosen": messages("q", "c")[1], "rejected": messages("q", "r")[1]}
-    rows = [{"messages": messages("q", "a", "q2"), "id": 1}, calls, pair]
-    assert convert_rows(tmp_path, convert_rows(tmp_path, rows), "--to", "openai") == rows
+    for rows in ([{"messages": messages("q", "a", "q2"), "id": 1}, calls], [pair]):
+        assert convert_rows(tmp_path, convert_rows(tmp_path, rows), "--to", "openai") == rows
 
 
 def test_alpaca_rows_are_written_with_history_and_system(tmp_path):
@@ -353,13 +382,11 @@ def test_a_cut_off_array_gives_what_stands_before_the_cut(tmp_path):
     assert "nothing behind it was read" in reject["reason"]
 
 
-def test_nothing_is_written_when_no_row_converts(tmp_path):
+def test_only_rejects_are_written_when_no_row_converts(tmp_path):
     path = write_lines(tmp_path / "in.jsonl", [{"conversations": turns("q")}])
-    assert rejects_of(path, match="none of 1 rows.*1 × row_without_answer.*nothing was written") == (
-        None,
-        None,
-    )
-    assert os.listdir(tmp_path) == ["in.jsonl"]
+    rows, (reject,) = rejects_of(path, match="none of 1 rows.*1 × row_without_answer.*rejects")
+    assert rows is None
+    assert reject["origin"] == f"{path}:1"
 
 
 def test_counts_by_reason_are_said_in_one_line(tmp_path):
@@ -461,7 +488,7 @@ def test_nested_parquet_rows_are_conversations(tmp_path):
 def test_a_text_that_is_in_no_encoding_is_refused_by_its_line(tmp_path):
     path = tmp_path / "t.csv"
     path.write_bytes(b"ask,answer\nq,caf\xe9\n")
-    with pytest.raises(DataError, match=r"t\.csv:2: byte 0xe9 does not decode as utf-8; .*--encoding"):
+    with pytest.raises(DataError, match=r"t\.csv:2: byte 0xe9 does not decode as utf-8 and .*--encoding"):
         convert_path(path)
     assert convert_path(path, "--encoding", "latin-1") == [{"conversations": turns("q", "café")}]
 
@@ -719,3 +746,47 @@ def test_forms_of_well_known_data_sets_are_recognised(tmp_path, row, expected):
 def test_a_text_that_only_quotes_a_dialogue_stays_a_text(tmp_path):
     row = {"text": "The form <user>: … <bot>: … was used before.\n问：什么是发烧？\n答：体温升高。"}
     assert convert_rows(tmp_path, [row]) == [row]
+
+
+# ---- what looks like HTML, workbooks and columns without values --------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("how to use <title> tag in my page?", "how to use <title> tag in my page?"),
+        ("if(a<b && c>d) return;", "if(a<b && c>d) return;"),
+        ("HbA1c<b and LDL>c", "HbA1c<b and LDL>c"),
+        ("url?a=1&copy=2", "url?a=1&copy=2"),
+        ("<think>x</think> a &lt; b", "<think>x</think> a < b"),
+        ("<p>头痛<br/>怎么办&nbsp;好</p><script>x<y</script>", "头痛\n怎么办 好"),
+        ('<a href="h?x=1" target=_blank>l</a><IMG SRC=x hidden>', "l"),
+    ],
+)
+def test_only_html_is_stripped(text, expected):
+    assert html_to_text(text) == expected
+
+
+def test_sheets_that_are_not_read_are_named(tmp_path, caplog):
+    book = openpyxl.Workbook()
+    book.active.title = "empty"
+    for title, answer in (("one", "a"), ("two", "b")):
+        sheet = book.create_sheet(title)
+        sheet.append(["question", "answer"])
+        sheet.append(["q", answer])
+    book.save(tmp_path / "t.xlsx")
+    with caplog.at_level("WARNING", logger="medicalgpt"):
+        assert convert_path(tmp_path / "t.xlsx") == [{"conversations": turns("q", "a")}]
+    assert "sheet one is read; two are not" in caplog.text
+
+
+def test_a_missing_number_of_a_parquet_table_is_no_value(tmp_path):
+    table = pyarrow.table({"question": ["q"], "answer": ["a"], "score": [float("nan")]})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    assert convert_path(tmp_path / "t.parquet") == [{"conversations": turns("q", "a"), "score": None}]
+
+
+def test_an_input_beside_another_question_is_not_lost(tmp_path):
+    row = {"instruction": "Translate", "input": "Hello", "response": "Bonjour"}
+    assert convert_rows(tmp_path, [row]) == [{"conversations": turns("Translate\nHello", "Bonjour")}]
+    assert "input: stands beside prompt" in reason_of(tmp_path, {"prompt": "p", "input": "i", "output": "o"})

@@ -35,6 +35,7 @@ LIGHT_MODULES = (
         "launch",
         "records",
         "rendering",
+        "row_fields",
         "row_fixer",
         "row_log",
         "row_writer",
