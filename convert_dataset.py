@@ -122,6 +122,11 @@ def reading_of(args: ConvertArguments) -> Reading:
     )
 
 
+def has_field(row: dict, name: str) -> bool:
+    """Return whether a row has a field of this name, in any case."""
+    return name.strip().lower() in (key.strip().lower() for key in row)
+
+
 def first_kind(source: Source) -> str | None:
     """Return the kind of most of the first rows that are the toolkit's already."""
     rows = islice(read_source(source), NUM_SAMPLED)
@@ -138,7 +143,9 @@ def detect_form(source: Source, reading: Reading) -> tuple[str, str | None]:
     seen: Counter[tuple[str, str]] = Counter()
     kinds: Counter[str] = Counter()
     unknown, others = [], 0
+    has_column = reading.system_column is None
     for row, origin in islice(read_source(source), NUM_SAMPLED):
+        has_column = has_column or (isinstance(row, dict) and has_field(row, reading.system_column))
         try:
             converted = None if isinstance(row, BrokenRow) else convert_row(row, origin, reading)
         except UnknownFieldsError as error:
@@ -154,6 +161,10 @@ def detect_form(source: Source, reading: Reading) -> tuple[str, str | None]:
     if unknown and not seen and (source.is_table or not others):
         raise ConfigError(unknown[0])
     total = seen.total() + len(unknown) + others
+    if total and not has_column:
+        raise ConfigError(
+            f"--system_column {reading.system_column}: none of the first {total} rows has such a column"
+        )
     parts = [
         f"{dialect}: {note}" + (f" ({count} of {total} rows)" if count < total else "")
         for (dialect, note), count in seen.most_common(5)

@@ -18,6 +18,7 @@ CONTENT_FIELDS = {
 }
 
 
+INVISIBLE_FOUND = "zero_width_characters"  # the reason in a log
 INVISIBLE = str.maketrans(dict.fromkeys(ZERO_WIDTH))
 
 
@@ -27,8 +28,13 @@ def is_blank(text: str) -> bool:
     return not visible or (visible[0] in ZERO_WIDTH and not visible.translate(INVISIBLE).strip())
 
 
-def check_content(text: str, label: str, origin: str, log: RowLog) -> str:
-    """Return a text that is fit to train on; zero-width characters stay, and are counted.
+def has_invisible(text: str) -> bool:
+    """True when a text holds zero-width characters."""
+    return not text.isascii() and any(char in text for char in ZERO_WIDTH)
+
+
+def check_content(text: str, label: str, origin: str) -> str:
+    """Return a text that is fit to train on.
 
     Raises:
         DataError: it holds a NUL or a control token of some model.
@@ -42,25 +48,22 @@ def check_content(text: str, label: str, origin: str, log: RowLog) -> str:
                 f"{origin}: {label}: holds the marker {found[0]!r}, which belongs to chat formats and not to "
                 "text; remove it"
             )
-    if not text.isascii() and any(char in text for char in ZERO_WIDTH):
-        log.add("zero_width_characters", origin)
     return text
 
 
 def check_fields(row: dict, kind: str, origin: str, log: RowLog) -> None:
-    """Check every text of the fields that are trained on; see `check_content`."""
-    for name, value in row.items():
-        if name in CONTENT_FIELDS[kind]:
-            check_value(value, name, origin, log)
+    """Check every text of the fields that are trained on; a row with zero-width characters is counted."""
+    fields = CONTENT_FIELDS[kind]
+    if any([check_value(value, name, origin) for name, value in row.items() if name in fields]):
+        log.add(INVISIBLE_FOUND, origin)
 
 
-def check_value(value: object, label: str, origin: str, log: RowLog) -> None:
-    """Check every text in a JSON value."""
+def check_value(value: object, label: str, origin: str) -> bool:
+    """Check every text in a JSON value; True when one holds zero-width characters."""
     if isinstance(value, str):
-        check_content(value, label, origin, log)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            check_value(item, f"{label}[{index}]", origin, log)
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            check_value(item, f"{label}.{name}", origin, log)
+        return has_invisible(check_content(value, label, origin))
+    if isinstance(value, list):
+        return any([check_value(item, f"{label}[{index}]", origin) for index, item in enumerate(value)])
+    if isinstance(value, dict):
+        return any([check_value(item, f"{label}.{name}", origin) for name, item in value.items()])
+    return False

@@ -70,15 +70,9 @@ def read_text_lines(path: Path, log: RowLog, *, max_bytes: int = -1) -> Iterator
     Args:
         max_bytes: of a line; reading stops at a longer one. -1: any length.
     """
+    if not is_text_file(path, log):
+        return
     with open(path, "rb") as file:
-        head = file.read(HEAD_BYTES)
-        fault = file_fault(head, path.suffix)
-        if not head or fault:
-            fault = f"the file is {fault}" if fault else "the file is empty; remove it or fill it"
-            log.refuse(DataError(f"{path}:1: {fault}"))
-            return
-        file.seek(0)
-        note_line_ends(head, path, log)
         blank, wide = True, False
         for number, raw in enumerate(iter(lambda: file.readline(max_bytes), b""), 1):
             log.bytes_read += len(raw)
@@ -106,12 +100,19 @@ def read_text_lines(path: Path, log: RowLog, *, max_bytes: int = -1) -> Iterator
             log.refuse(DataError(f"{path}:1: the file is blank; remove it or fill it"))
 
 
-def note_line_ends(head: bytes, path: Path, log: RowLog) -> None:
-    """Count what is odd about a file as a whole, and changes nothing."""
+def is_text_file(path: Path, log: RowLog) -> bool:
+    """Return whether a file may be UTF-8 text, by its first bytes; what is odd about it is counted."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD_BYTES)
+    fault = file_fault(head, path.suffix) if head else "empty; remove it or fill it"
+    if fault:
+        log.refuse(DataError(f"{path}:1: the file is {fault}"))
+        return False
     if head.startswith(codecs.BOM_UTF8):
         log.add("byte_order_mark", f"{path}:1")
     if b"\r\n" in head:
         log.add("windows_line_ends", f"{path}:1")
+    return True
 
 
 # ---- rows --------------------------------------------------------------------------------------------------
@@ -165,26 +166,24 @@ def read_array(path: Path, log: RowLog) -> Iterator[tuple[dict, str]]:
 
     Where the array itself is broken, nothing behind that place can be read.
     """
-    with open(path, "rb") as file:
-        head = file.read(HEAD_BYTES)
-    fault = file_fault(head, path.suffix)
-    if not head or fault:
-        log.refuse(DataError(f"{path}:1: the file is {fault or 'empty; remove it or fill it'}"))
+    if not is_text_file(path, log):
         return
-    note_line_ends(head, path, log)
-    empty = True
-    try:
-        for value, text, origin in ArrayReader(path).values():
-            empty = False
-            log.bytes_read += len(text)
-            try:
-                row = require_object(without_surrogates(value, text, origin), origin)
-            except DataError as error:
-                log.refuse(error, text)
-                continue
-            yield row, origin
-    except DataError as error:
-        log.refuse(DataError(f"{error} (nothing behind it was read)"))
-        return
+    values, empty = ArrayReader(path).values(), True
+    while True:
+        try:
+            value, text, origin = next(values)
+        except StopIteration:
+            break
+        except DataError as error:
+            log.refuse(DataError(f"{error} (nothing behind it was read)"))
+            return
+        empty = False
+        log.bytes_read += len(text)
+        try:
+            row = require_object(without_surrogates(value, text, origin), origin)
+        except DataError as error:
+            log.refuse(error, text)
+            continue
+        yield row, origin
     if empty:
         log.refuse(DataError(f"{path}:1: the file holds no row; remove it or fill it"))

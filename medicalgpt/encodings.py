@@ -17,7 +17,7 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-CJK = re.compile(r"[^\x00-\x7f]")
+NON_ASCII = re.compile(r"[^\x00-\x7f]")
 
 
 def recognise_encoding(path: Path, chosen: str | None = None) -> str:
@@ -79,7 +79,7 @@ def decoding_fault(path: Path, encoding: str, *, is_chosen: bool = False) -> str
                 line += text.count("\n", 0, text.index("\0"))
                 return f"{line}: a NUL character stands where text is due in {encoding}"
             if encoding == "gb18030" and len(foreign) < 10_000:
-                foreign += "".join(CJK.findall(text))
+                foreign += "".join(NON_ASCII.findall(text))
             line += text.count("\n")
             if not piece:
                 break

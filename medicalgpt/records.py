@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medicalgpt.call_rows import name_calls, parse_openai_calls, parse_sharegpt_calls, parse_tools
-from medicalgpt.content import check_content, check_fields, is_blank
+from medicalgpt.content import INVISIBLE_FOUND, check_content, check_fields, has_invisible, is_blank
 from medicalgpt.data_files import read_rows, read_text_lines
 from medicalgpt.errors import DataError
 from medicalgpt.json_values import field_names, json_type
@@ -190,11 +190,11 @@ def check_order(messages: list[Message], name: str, origin: str, roles: dict[str
         raise DataError(f"{origin}: {name}: has no question; add a {names['user']} turn")
 
 
-def check_calls(messages: list[Message], origin: str, log: RowLog) -> None:
+def check_calls(messages: list[Message], origin: str) -> None:
     """Check the text of calls, in which the row's JSON text may hide characters behind escapes."""
     for message in messages:
         for call in message.calls:
-            check_content(call.name + call.arguments, "a call", origin, log)
+            check_content(call.name + call.arguments, "a call", origin)
 
 
 def parse_text(row: dict, origin: str, log: RowLog) -> Text:
@@ -209,7 +209,7 @@ def parse_chat(row: dict, origin: str, log: RowLog) -> Chat | None:
     is_alpaca = "instruction" in row and not {"conversations", "messages"} & row.keys()
     messages = parse_alpaca(row, origin) if is_alpaca else parse_messages(row, origin)
     check_fields(row, "chat", origin, log)
-    check_calls(messages, origin, log)
+    check_calls(messages, origin)
     if not any(message.role == "assistant" for message in messages):
         log.add("row_without_answer_dropped", origin)
         return None
@@ -256,7 +256,7 @@ def parse_pair(row: dict, origin: str, log: RowLog) -> Pair | None:
         chosen, rejected = "response_chosen", "response_rejected"
     answers = parse_answer(row, chosen, origin), parse_answer(row, rejected, origin)
     check_fields(row, "pair", origin, log)
-    check_calls([*prompt, *answers], origin, log)
+    check_calls([*prompt, *answers], origin)
     if answers[0] == answers[1]:
         log.add("identical_answers_dropped", origin)
         return None
@@ -366,7 +366,8 @@ def split_txt(path: Path, txt_documents: str, log: RowLog) -> Iterator[Text]:
     begin = 1
     for line, number in read_text_lines(path, log):
         try:
-            check_content(line, "text", f"{path}:{number}", log)
+            if has_invisible(check_content(line, "text", f"{path}:{number}")):
+                log.add(INVISIBLE_FOUND, f"{path}:{number}")
         except DataError as error:
             log.refuse(error, line)
             continue

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from medicalgpt.errors import DataError
+from medicalgpt.json_values import json_type
 from medicalgpt.turns import is_empty_answer, is_packed, read_turns, unpack_text
 
 TURN_FIELDS = ("conversations", "conversation", "messages", "dialog", "dialogue")
@@ -46,7 +47,7 @@ def field_among(row: dict, names: Iterable[str], purpose: str, origin: str) -> s
 def text_of(row: dict, name: str, origin: str) -> str:
     """Return a field that must be text."""
     if not isinstance(row[name], str):
-        raise DataError(f"{origin}: {name}: is {type(row[name]).__name__}; expected a string")
+        raise DataError(f"{origin}: {name}: is {json_type(row[name])}; expected a string")
     return row[name]
 
 
@@ -62,9 +63,7 @@ def system_turn(row: dict, names: Iterable[str], used: set[str], origin: str) ->
 
 def lead_in(row: dict, reading: Reading, used: set[str], origin: str) -> list[dict]:
     """Return the turns of the fields system and history, which come before a row's question."""
-    names = SYSTEM_FIELDS
-    if reading.system_column and reading.system_column in row:
-        names = (find_column(row, reading.system_column, (), "system", origin).strip().lower(),)
+    names = (reading.system_column.strip().lower(),) if reading.system_column else SYSTEM_FIELDS
     system, history = system_turn(row, names, used, origin), []
     name = field_among(row, ("history",), "history", origin)
     if name and (not isinstance(row[name], str) or is_packed(row[name]) or not row[name].strip()):

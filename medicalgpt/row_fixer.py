@@ -154,7 +154,7 @@ def mend_text_file(path: Path, encoding: str, log: RowLog) -> Iterator[Mended]:
         try:
             if UNREADABLE in text:
                 raise DataError(f"{origin}: text: holds bytes that cannot be decoded; mend the line")
-            yield Mended(check_content(text, "text", origin, log), origin)
+            yield Mended(check_content(text, "text", origin), origin)
         except DataError as refusal:
             yield Mended(None, origin, str(refusal), text.replace(UNREADABLE, "\ufffd"))
 

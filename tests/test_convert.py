@@ -337,7 +337,7 @@ BAD_ROWS = {
     "two texts": ({"conversations": [{"from": "human", "value": "q", "content": "p"}]}, "both value and content"),
     "no answer at all": ({"conversations": turns("q")}, "row_without_answer"),
     "an empty answer": ({"question": "q", "answer": " "}, "answer: is empty"),
-    "a number for an answer": ({"question": "q", "answer": 5}, "answer: is int"),
+    "a number for an answer": ({"question": "q", "answer": 5}, "answer: is a number"),
     "two systems": ({"system": "T", "conversations": [SYSTEM, *turns("q", "a")]}, "differs"),
     "equal answers": ({"prompt": "q", "chosen": "c", "rejected": "c"}, "identical_answers"),
     "no prompt": ({"chosen": "c", "rejected": "r"}, "prompt: missing"),
@@ -790,3 +790,16 @@ def test_an_input_beside_another_question_is_not_lost(tmp_path):
     row = {"instruction": "Translate", "input": "Hello", "response": "Bonjour"}
     assert convert_rows(tmp_path, [row]) == [{"conversations": turns("Translate\nHello", "Bonjour")}]
     assert "input: stands beside prompt" in reason_of(tmp_path, {"prompt": "p", "input": "i", "output": "o"})
+
+
+def test_a_system_column_may_lack_values_but_not_be_missing(tmp_path):
+    rows = [{"q": "q", "a": "a", "S": "s"}, {"q": "q", "a": "a", "S": None}, {"q": "q", "a": "a"}]
+    path = write_lines(tmp_path / "in.jsonl", rows)
+    system = {"from": "system", "value": "s"}
+    assert convert_path(path, "--system_column", "s") == [
+        {"conversations": [system, *turns("q", "a")]},
+        {"conversations": turns("q", "a"), "S": None},
+        {"conversations": turns("q", "a")},
+    ]
+    with pytest.raises(ConfigError, match="--system_column t: none of the first 3 rows has such a column"):
+        convert_path(path, "--system_column", "t", "--overwrite")

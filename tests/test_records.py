@@ -742,3 +742,18 @@ def test_a_field_of_the_wrong_type_is_refused_also_when_it_is_falsy(tmp_path, mo
 def test_two_rows_can_always_be_held_apart():
     train, held = hold_out([Text("b", "a:1"), Text("c", "a:2")], 99.0)
     assert len(train) == len(held) == 1
+
+
+def test_a_row_with_zero_width_characters_is_counted_once_and_stays_as_it_is(tmp_path):
+    file = tmp_path / "a.jsonl"
+    records, log = read(file, chat(("human", "a\u200b"), ("gpt", "\u200bb")), parse_chat)
+    assert log.lines() == [f"zero_width_characters=1 ({file}:1)"]
+    assert [message.content for message in records[0].messages] == ["a\u200b", "\u200bb"]
+
+
+def test_a_wrong_value_of_an_array_ends_with_its_own_reason(tmp_path):
+    """Only a broken array says that nothing behind the place was read."""
+    with pytest.raises(DataError, match=r"a\.json:1: a row is a number; expected a JSON object$"):
+        read(tmp_path / "a.json", '[5, {"text": "a"}]')
+    with pytest.raises(DataError, match=r"nothing behind it was read\)$"):
+        read(tmp_path / "a.json", '[{"text": "a"} {"text": "b"}]')
