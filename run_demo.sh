@@ -45,7 +45,7 @@ merge() {
 step "1/6 PT: the model reads medical texts"
 bash run_pt.sh --model_name_or_path "$MODEL" --train_file_dir "$data/pretrain" \
     --validation_file_dir "$(held_out pretrain)" --block_size 512 --per_device_train_batch_size 2 \
-    --gradient_accumulation_steps 1 --num_train_epochs 2 --learning_rate 5e-4 --logging_steps 5 --eval_strategy no \
+    --gradient_accumulation_steps 1 --num_train_epochs 1 --learning_rate 5e-4 --logging_steps 5 --eval_strategy no \
     --output_dir demo/outputs-pt-qwen-v1
 
 step "2/6 merge"
@@ -54,7 +54,7 @@ merge "$MODEL" demo/outputs-pt-qwen-v1 demo/merged-pt-qwen-v1
 step "3/6 SFT: the model learns to answer"
 bash run_sft.sh --model_name_or_path demo/merged-pt-qwen-v1 --train_file_dir "$data/finetune" \
     --validation_file_dir "$(held_out finetune)" --template_name "$TEMPLATE" --model_max_length 1024 \
-    --gradient_accumulation_steps 1 --num_train_epochs 2 --learning_rate 5e-4 --logging_steps 5 --eval_strategy no \
+    --max_train_samples 200 --gradient_accumulation_steps 1 --num_train_epochs 1 --learning_rate 5e-4 --logging_steps 5 --eval_strategy no \
     --output_dir demo/outputs-sft-qwen-v1
 
 step "4/6 merge"
@@ -63,7 +63,7 @@ merge demo/merged-pt-qwen-v1 demo/outputs-sft-qwen-v1 demo/merged-sft-qwen-v1
 step "5/6 DPO: the model learns which answer is better"
 bash run_dpo.sh --model_name_or_path demo/merged-sft-qwen-v1 --train_file_dir "$data/reward" \
     --validation_file_dir "$(held_out reward)" --template_name "$TEMPLATE" --model_max_length 1024 \
-    --gradient_accumulation_steps 2 --num_train_epochs 2 --learning_rate 2e-4 --logging_steps 5 --eval_strategy no \
+    --max_train_samples 120 --gradient_accumulation_steps 2 --num_train_epochs 1 --learning_rate 2e-4 --logging_steps 5 --eval_strategy no \
     --output_dir demo/outputs-dpo-qwen-v1
 
 step "6/6 merge"

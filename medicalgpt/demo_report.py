@@ -70,28 +70,56 @@ def perplexity(rows: torch.Tensor) -> float:
     return math.exp(-(rows[:, 0] * rows[:, 1]).sum().item() / rows[:, 1].sum().item())
 
 
+class Yardstick:
+    """A model, and what it makes of texts, answers and pairs that it may not have seen."""
+
+    def __init__(self, directory: Path):
+        self.tokenizer = load_tokenizer(directory)
+        dtype = torch.bfloat16 if torch.cuda.is_available() or cpu_has_fast_bfloat16() else torch.float32
+        lm = load_model(directory, dtype, attention=FLAT_ATTENTION)
+        lm.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
+        self.model = FlatLM(lm).eval()
+        choose_rows(self.model)
+        template = resolve_template(self.tokenizer, None, recorded=recorded_template(directory))
+        self.encoder = ChatEncoder(
+            self.tokenizer, ChatFormat.of(template, self.tokenizer), max_length=MAX_LENGTH
+        )
+
+    def text_perplexity(self, file: Path) -> float:
+        """Return the perplexity of a file's texts, each read on its own."""
+        texts = encode_texts(read_records([file], parse_text, RowLog()), self.tokenizer)
+        return perplexity(self.mean_logps(pack_documents(texts, MAX_LENGTH)))
+
+    def answer_perplexity(self, file: Path) -> float:
+        """Return the perplexity of the answers of a file's conversations, given what was said before."""
+        return perplexity(
+            self.mean_logps(self.encoder.encode_chats(read_records([file], parse_chat, RowLog()), RowLog()))
+        )
+
+    def pairs(self, file: Path) -> dict[str, float]:
+        """Return how often, and by how many nats per token, the better answer is likelier."""
+        pairs = self.encoder.encode_pairs(read_records([file], parse_pair, RowLog()), RowLog())
+        sides = mean_logps(self.model, PairCollator(padded=self.model.padded), pairs)[:, 0].view(-1, 2)
+        return {
+            "pair_accuracy": (sides[:, 0] > sides[:, 1]).float().mean().item(),
+            "pair_margin": (sides[:, 0] - sides[:, 1]).mean().item(),
+        }
+
+    def mean_logps(self, examples: list[dict]) -> torch.Tensor:
+        """Return per sequence the mean log-probability of its trained tokens and their number, (S, 2)."""
+        return mean_logps(self.model, FlatCollator(padded=self.model.padded), examples)
+
+
 def measure(directory: Path, language: str, held_out: Path) -> dict[str, float]:
     """Return a model's figures on the held-out rows."""
-    tokenizer = load_tokenizer(directory)
-    dtype = torch.bfloat16 if torch.cuda.is_available() or cpu_has_fast_bfloat16() else torch.float32
-    lm = load_model(directory, dtype, attention=FLAT_ATTENTION)
-    model = FlatLM(lm.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)).eval()
-    choose_rows(model)
-    flat = FlatCollator(padded=model.padded)
-    template = resolve_template(tokenizer, None, recorded=recorded_template(directory))
-    encoder = ChatEncoder(tokenizer, ChatFormat.of(template, tokenizer), max_length=MAX_LENGTH)
-    files = {
-        part: [held_out / part / f"heldout_{language}.jsonl"] for part in ("pretrain", "finetune", "reward")
-    }
-    texts = encode_texts(read_records(files["pretrain"], parse_text, RowLog()), tokenizer)
-    chats = encoder.encode_chats(read_records(files["finetune"], parse_chat, RowLog()), RowLog())
-    pairs = encoder.encode_pairs(read_records(files["reward"], parse_pair, RowLog()), RowLog())
-    sides = mean_logps(model, PairCollator(padded=model.padded), pairs)[:, 0].view(-1, 2)
+    yardstick = Yardstick(directory)
+    texts, chats, pairs = (
+        held_out / part / f"heldout_{language}.jsonl" for part in ("pretrain", "finetune", "reward")
+    )
     return {
-        "text_perplexity": perplexity(mean_logps(model, flat, pack_documents(texts, MAX_LENGTH))),
-        "answer_perplexity": perplexity(mean_logps(model, flat, chats)),
-        "pair_accuracy": (sides[:, 0] > sides[:, 1]).float().mean().item(),
-        "pair_margin": (sides[:, 0] - sides[:, 1]).mean().item(),
+        "text_perplexity": yardstick.text_perplexity(texts),
+        "answer_perplexity": yardstick.answer_perplexity(chats),
+        **yardstick.pairs(pairs),
     }
 
 
