@@ -84,7 +84,7 @@ def test_length_does_not_tell_the_better_answer(path):
     language = "zh" if "zh" in path.stem else "en"
     for measure in (len, lambda text: length(text, language), lambda text: len(text.encode())):
         told = length_tells(rows(path), measure)
-        assert 0.45 <= told["longer"] <= 0.6 and (told["best"] <= 0.7 or "heldout" in path.stem), told
+        assert 0.45 <= told["longer"] <= 0.6 and (told["best"] <= 0.75 or "heldout" in path.stem), told
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
