@@ -1,6 +1,6 @@
 """Does the example data teach? Perplexity of the demo model on answers that nobody of this project wrote.
 
-    python benchmarks/example_data_teaches.py --answers medquad.jsonl --work_dir /tmp/teaches
+    python -m benchmarks.example_data_teaches --answers medquad.jsonl --work_dir /tmp/teaches
 
 ``--answers`` is a file of conversations (ShareGPT form), for example MedQuAD. On ``--rows`` of them,
 chosen by a hash, it prints two perplexities, each beside the base model's: of the answers given their
@@ -36,17 +36,17 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def deal_out_answers(rows: list[dict]) -> list[dict]:
-    """Return the conversations with every answer moved to a turn of another conversation."""
-    turns = [(row, turn) for row in rows for turn in row["conversations"] if turn["from"] == "gpt"]
-    order = list(range(len(turns)))
-    random.Random(0).shuffle(order)
-    values = [turns[i][1]["value"] for i in order[1:] + order[:1]]
-    moved = dict(zip((turns[i][1]["value"] for i in order), values, strict=True))
+    """Return the conversations with every answer moved into another conversation."""
+    rows = random.Random(0).sample(rows, len(rows))
+    answers = [turn["value"] for row in rows for turn in row["conversations"] if turn["from"] == "gpt"]
+    # by more than a conversation holds, so that none stays in its own
+    shift = max(len(row["conversations"]) for row in rows)
+    dealt = iter(answers[shift:] + answers[:shift])
     return [
         row
         | {
             "conversations": [
-                turn | {"value": moved[turn["value"]]} if turn["from"] == "gpt" else turn
+                turn | {"value": next(dealt)} if turn["from"] == "gpt" else turn
                 for turn in row["conversations"]
             ]
         }

@@ -15,7 +15,7 @@ CHATS = {
     "zh": DATA / "finetune/medical_sft_1K_format.jsonl",
     "en": DATA / "finetune/medical_sft_en.jsonl",
 }
-CALLS = {"en": DATA / "finetune/medical_toolcall_en.jsonl"}
+CALLS = {lang: DATA / f"finetune/medical_toolcall_{lang}.jsonl" for lang in ("zh", "en")}
 PAIRS = {"zh": DATA / "reward/dpo_zh_500.jsonl", "en": DATA / "reward/dpo_en.jsonl"}
 TEXTS = {"zh": DATA / "pretrain/medical_zh.jsonl", "en": DATA / "pretrain/medical_en.jsonl"}
 PROSE = {"zh": DATA / "pretrain/fever.txt", "en": DATA / "pretrain/en_article_tail500.txt"}

@@ -26,7 +26,7 @@ from example_data import (
     sample,
     sentence_counts,
     tables,
-)  # fmt: skip
+)
 
 LANGUAGES = ("zh", "en")
 TRAINING = [*CHATS.values(), *CALLS.values(), *PAIRS.values(), *TEXTS.values(), *PROSE.values()]
@@ -36,17 +36,18 @@ LONG_ENOUGH = {"zh": 150, "en": 80}  # characters, words
 @pytest.mark.parametrize(
     ("path", "least", "most"),
     [
-        (CHATS["zh"], 680, 1000),
-        (CHATS["en"], 400, 700),
-        (PAIRS["zh"], 260, 500),
-        (PAIRS["en"], 160, 400),
+        (CHATS["zh"], 990, 1000),
+        (CHATS["en"], 590, 700),
+        (PAIRS["zh"], 490, 500),
+        (PAIRS["en"], 290, 400),
+        (CALLS["zh"], 40, 60),
         (CALLS["en"], 40, 60),
-        (HELD_OUT["finetune", "zh"], 12, 120),
-        (HELD_OUT["finetune", "en"], 20, 80),
-        (HELD_OUT["reward", "zh"], 16, 60),
-        (HELD_OUT["reward", "en"], 25, 40),
-        (HELD_OUT["pretrain", "zh"], 10, 30),
-        (HELD_OUT["pretrain", "en"], 10, 30),
+        (HELD_OUT["finetune", "zh"], 60, 120),
+        (HELD_OUT["finetune", "en"], 40, 80),
+        (HELD_OUT["reward", "zh"], 34, 60),
+        (HELD_OUT["reward", "en"], 30, 40),
+        (HELD_OUT["pretrain", "zh"], 12, 30),
+        (HELD_OUT["pretrain", "en"], 12, 30),
     ],
     ids=lambda value: value.name if hasattr(value, "name") else "",
 )
@@ -55,7 +56,7 @@ def test_number_of_rows(path, least, most):
 
 
 def test_amount_of_text_to_read():
-    assert {name: path.stat().st_size >= 80_000 for name, path in PROSE.items()} == {"zh": True, "en": True}
+    assert {name: path.stat().st_size >= 200_000 for name, path in PROSE.items()} == {"zh": True, "en": True}
     assert sum(len(rows(path)) for path in TEXTS.values()) >= 120
 
 
@@ -112,7 +113,7 @@ def test_it_does_not_read_as_filled_templates(language):
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_no_question_is_nearly_another(language, size):
-    chats = rows(CHATS[language]) + rows(HELD_OUT["finetune", language])
+    chats = rows(CHATS[language]) + rows(CALLS[language]) + rows(HELD_OUT["finetune", language])
     pairs = rows(PAIRS[language]) + rows(HELD_OUT["reward", language])
     similarity, one, other = most_alike(
         [said(r, "human")[0] for r in chats] + [r["question"] for r in pairs], size
