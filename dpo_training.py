@@ -34,15 +34,12 @@ from medicalgpt.stage import (
     open_run,
     report_data,
     run_training,
-    show_example,
+    show_pair,
 )
-from medicalgpt.tokenization import IGNORE_INDEX
 from medicalgpt.trainer import StageTrainer
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerBase
 
 REFERENCE_LOSSES = ("sigmoid", "hinge", "ipo")
 REFERENCE_FREE_LOSSES = ("simpo", "orpo")
@@ -256,13 +253,6 @@ def main(argv: list[str]) -> None:
         reference=frozen_copy(model, flags.own.loss_type),
     )
     run_training(trainer, record, base)
-
-
-def show_pair(tokenizer: PreTrainedTokenizerBase, pair: dict) -> None:
-    """Log one encoded pair: the prompt, then the chosen and the rejected answer."""
-    untrained = np.full(len(pair["prompt_ids"]), IGNORE_INDEX)
-    answers = [(pair[f"{side}_ids"], pair[f"{side}_labels"]) for side in ("chosen", "rejected")]
-    show_example(tokenizer, [(pair["prompt_ids"], untrained), *answers])
 
 
 if __name__ == "__main__":

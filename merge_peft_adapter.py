@@ -25,6 +25,7 @@ from medicalgpt.merge_proof import Expected, expected_products, is_visible, wron
 from medicalgpt.model_files import adapter_settings, load_config, load_tokenizer, resolve_model_dir
 from medicalgpt.modeling import config_as_trained, load_adapter, load_model
 from medicalgpt.run_record import RunRecord, check_base, read_run, recorded_template, versions
+from medicalgpt.scoring import separate_pad_token
 from medicalgpt.tokenization import ChatFormat
 
 import torch
@@ -167,6 +168,9 @@ def tokenizer_of(args: MergeArguments, base_dir: Path, lora_dir: Path) -> PreTra
         tokenizer.chat_template = load_tokenizer(lora_dir).chat_template or tokenizer.chat_template
     elif template := known_template(tokenizer, recorded_template(lora_dir)):  # a checkpoint has no tokenizer
         export_template(tokenizer, ChatFormat.of(template, tokenizer))
+    template = known_template(tokenizer, recorded_template(lora_dir))
+    if template is not None and adapter_settings(lora_dir).get("task_type") == "SEQ_CLS":
+        separate_pad_token(tokenizer, ChatFormat.of(template, tokenizer))
     return tokenizer
 
 
@@ -265,6 +269,8 @@ def main(argv: list[str]) -> None:
         check_space(model, output_dir)
         if model.can_generate():
             set_stops(model, tokenizer, record.content["template"])
+        else:
+            model.config.pad_token_id = tokenizer.pad_token_id
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         auto_class = type(model)

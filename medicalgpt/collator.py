@@ -7,6 +7,7 @@ A batch is a dict
     source_index             (N,)     positions whose hidden state predicts a trained token
     target_ids               (N,)     those tokens
     sequence_index           (N,)     which document or answer each belongs to
+    last_index               (S,)     where every document or answer has its last token
     num_sequences            int      documents, or for pairs answers: chosen, rejected, chosen, …
     num_tokens               int      T without padding
 
@@ -38,58 +39,58 @@ class FlatCollator:
 
     def __call__(self, examples: Sequence[Example]) -> dict:
         """Return the batch of the module's docstring."""
-        documents, sequence = [], 0
+        documents = []
         for example in examples or [NOTHING]:
             start = 0
             for length in example["lengths"]:
                 part = slice(start, start + length)
-                documents.append((example["input_ids"][part], example["labels"][part], sequence))
-                start, sequence = start + length, sequence + 1
-        return self.pad(documents, sequence) if self.padded else self.flatten(documents, sequence)
+                documents.append((example["input_ids"][part], example["labels"][part]))
+                start += length
+        return self.pad(documents) if self.padded else self.flatten(documents)
 
     @staticmethod
-    def flatten(documents: list[tuple[np.ndarray, np.ndarray, int]], num_sequences: int) -> dict:
-        """Lay documents (ids, labels, sequence) one after the other."""
+    def flatten(documents: list[tuple[np.ndarray, np.ndarray]]) -> dict:
+        """Lay documents (ids, labels) one after the other."""
         spans, sources, targets, sequences, offset = [], [], [], [], 0
-        for ids, labels, sequence in documents:
+        for index, (ids, labels) in enumerate(documents):
             predicted = trained_positions(labels)
             sources.append(predicted - 1 + offset)
             targets.append(labels[predicted])
-            sequences.append(np.full(len(predicted), sequence))
+            sequences.append(np.full(len(predicted), index))
             spans.append(Span(offset, offset + len(ids)))
             offset += len(ids)
         return flat_batch(
-            [ids for ids, _, _ in documents],
-            [np.arange(len(ids)) for ids, _, _ in documents],
+            [ids for ids, _ in documents],
+            [np.arange(len(ids)) for ids, _ in documents],
             spans,
             (sources, targets, sequences),
-            num_sequences,
         )
 
     @staticmethod
-    def pad(documents: list[tuple[np.ndarray, np.ndarray, int]], num_sequences: int) -> dict:
+    def pad(documents: list[tuple[np.ndarray, np.ndarray]]) -> dict:
         """Lay documents into padded rows of one document."""
-        width = max(len(ids) for ids, _, _ in documents)
+        width = max(len(ids) for ids, _ in documents)
         input_ids = np.zeros((len(documents), width), dtype=np.int64)
         mask = np.zeros_like(input_ids)
         sources, targets, sequences = [], [], []
-        for row, (ids, labels, sequence) in enumerate(documents):
+        for row, (ids, labels) in enumerate(documents):
             input_ids[row, : len(ids)], mask[row, : len(ids)] = ids, 1
             predicted = trained_positions(labels)
             sources.append(predicted - 1 + row * width)
             targets.append(labels[predicted])
-            sequences.append(np.full(len(predicted), sequence))
+            sequences.append(np.full(len(predicted), row))
         return {
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(mask),
             **index_tensors(sources, targets, sequences),
-            "num_sequences": num_sequences,
+            "last_index": torch.from_numpy(np.arange(len(documents)) * width + mask.sum(1) - 1),
+            "num_sequences": len(documents),
             "num_tokens": int(mask.sum()),
         }
 
 
 class PairCollator:
-    """Collates preference pairs {prompt_ids, chosen_ids, chosen_labels, rejected_ids, rejected_labels}.
+    """Collates pairs {prompt_ids, chosen_ids, chosen_labels, rejected_ids, rejected_labels[, margin]}.
 
     A pair is prompt, chosen, rejected in one row: the prompt stands once, both answers see it and not each
     other.
@@ -99,10 +100,15 @@ class PairCollator:
         self.padded = padded
 
     def __call__(self, examples: Sequence[Example]) -> dict:
-        """Return the module docstring's batch; sequence 2i is pair i's chosen answer, 2i + 1 its rejected."""
+        """Return the module docstring's batch; sequence 2i is pair i's chosen answer, 2i + 1 its rejected.
+
+        It also has `margins` (P,), the pairs' own margins.
+        """
+        margins = {"margins": torch.tensor([example.get("margin", 0.0) for example in examples])}
         if not examples:
-            return FlatCollator(padded=self.padded)([]) | {"num_sequences": 0}
-        return self.pad(examples) if self.padded else self.flatten(examples)
+            nothing = FlatCollator(padded=self.padded)([])
+            return nothing | margins | {"num_sequences": 0, "last_index": nothing["last_index"][:0]}
+        return (self.pad(examples) if self.padded else self.flatten(examples)) | margins
 
     @staticmethod
     def flatten(examples: Sequence[Example]) -> dict:
@@ -132,7 +138,7 @@ class PairCollator:
                 spans.append(
                     Span(begin, offset) if side == 0 else Span(start, offset, begin, begin + len(prompt))
                 )
-        return flat_batch(rows, positions, spans, (sources, targets, sequences), 2 * len(examples))
+        return flat_batch(rows, positions, spans, (sources, targets, sequences))
 
     @staticmethod
     def pad(examples: Sequence[Example]) -> dict:
@@ -145,10 +151,9 @@ class PairCollator:
                     (
                         np.concatenate([example["prompt_ids"], example[f"{name}_ids"]]),
                         np.concatenate([ignored, example[f"{name}_labels"]]),
-                        len(documents),
                     )
                 )
-        return FlatCollator.pad(documents, len(documents))
+        return FlatCollator.pad(documents)
 
 
 def trained_positions(labels: np.ndarray) -> np.ndarray:
@@ -161,7 +166,6 @@ def flat_batch(
     positions: list[np.ndarray],
     spans: list[Span],
     indices: tuple[list, list, list],
-    num_sequences: int,
 ) -> dict:
     """Return the batch of a flat row."""
     input_ids = torch.from_numpy(np.concatenate(rows).astype(np.int64))[None]
@@ -170,7 +174,8 @@ def flat_batch(
         "position_ids": torch.from_numpy(np.concatenate(positions).astype(np.int64))[None],
         "layout": Layout(tuple(spans)),
         **index_tensors(*indices),
-        "num_sequences": num_sequences,
+        "last_index": torch.tensor([span.end - 1 for span in spans]),
+        "num_sequences": len(spans),
         "num_tokens": input_ids.shape[1],
     }
 

@@ -1,4 +1,4 @@
-"""The model as a stage trains it: a flat batch in, the log-probability of every trained token out.
+"""The model as a stage trains it: a flat batch in, log-probabilities of tokens or scores of answers out.
 
 The vocabulary projection is computed for trained positions only, in chunks, so that logits of shape (T, V)
 never exist.
@@ -59,8 +59,8 @@ def projected_logps(
     return project(hidden).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
 
-class FlatLM(nn.Module):
-    """A causal language model, with or without adapters, that maps a flat batch to token log-probabilities.
+class FlatModel(nn.Module):
+    """A decoder, with or without adapters, that reads flat batches.
 
     Args:
         lm: the model.
@@ -98,11 +98,11 @@ class FlatLM(nn.Module):
         return isinstance(self.lm, PeftModel)
 
     @property
-    def causal_lm(self) -> PreTrainedModel:
+    def bare_lm(self) -> PreTrainedModel:
         """The language model itself; adapters live inside its layers."""
         return self.lm.get_base_model() if self.has_adapters else self.lm
 
-    def train(self, mode: bool = True) -> "FlatLM":
+    def train(self, mode: bool = True) -> "FlatModel":
         """Switch training mode; 4-bit layers stay in it.
 
         bitsandbytes 0.50 repacks a 4-bit layer's weights in evaluation mode on CPUs with AVX512-BF16, after
@@ -114,24 +114,20 @@ class FlatLM(nn.Module):
                 module.training = True
         return self
 
-    def forward(
-        self, input_ids: torch.Tensor, source_index: torch.Tensor, target_ids: torch.Tensor, **batch
-    ) -> torch.Tensor:
-        """Return log p(target | what precedes it) of every trained token, (N,) fp32, in nats.
+    def hidden_states(self, input_ids: torch.Tensor, **batch) -> torch.Tensor:
+        """Return the last hidden state of every position, (B·T, H).
 
         Args:
-            input_ids: (B, T). source_index, target_ids: (N,); see `collator`.
+            input_ids: (B, T).
             batch: position_ids and layout, or attention_mask; what else a batch carries is not the model's
                 business.
         """
         inputs = {name: batch[name] for name in ("position_ids", "layout", "attention_mask") if name in batch}
-        with self.autocast(input_ids.device):
-            if self.neftune_alpha and self.training:
-                inputs["inputs_embeds"] = self.noisy_embeddings(input_ids, batch)
-            else:
-                inputs["input_ids"] = input_ids
-            hidden = self.causal_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state  # (B, T, H)
-            return self.labelled_logps(hidden.flatten(0, 1)[source_index], target_ids)
+        if self.neftune_alpha and self.training:
+            inputs["inputs_embeds"] = self.noisy_embeddings(input_ids, batch)
+        else:
+            inputs["input_ids"] = input_ids
+        return self.bare_lm.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """Return the context that the model computes in."""
@@ -140,7 +136,7 @@ class FlatLM(nn.Module):
 
     def noisy_embeddings(self, input_ids: torch.Tensor, batch: dict) -> torch.Tensor:
         """Return embeddings with uniform noise of magnitude α / √(L·H), L a document's tokens, (B, T, H)."""
-        embeddings = self.causal_lm.get_input_embeddings()(input_ids)
+        embeddings = self.bare_lm.get_input_embeddings()(input_ids)
         if "layout" in batch:
             lengths = torch.cat([torch.full((s.end - s.start,), s.num_keys) for s in batch["layout"].spans])[
                 None
@@ -151,9 +147,22 @@ class FlatLM(nn.Module):
         noise = torch.empty_like(embeddings, dtype=torch.float32).uniform_(-1, 1) * magnitude[..., None]
         return embeddings + noise.to(embeddings.dtype)
 
+
+class FlatLM(FlatModel):
+    """A causal language model that maps a flat batch to the log-probabilities of its trained tokens."""
+
+    def forward(self, source_index: torch.Tensor, target_ids: torch.Tensor, **batch) -> torch.Tensor:
+        """Return log p(target | what precedes it) of every trained token, (N,) fp32, in nats.
+
+        Args:
+            source_index, target_ids: (N,); see `collator`.
+        """
+        with self.autocast(source_index.device):
+            return self.labelled_logps(self.hidden_states(**batch)[source_index], target_ids)
+
     def labelled_logps(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Project hidden states (N, H) to the vocabulary and return the targets' log-probabilities, (N,)."""
-        head = self.causal_lm.get_output_embeddings()
+        head = self.bare_lm.get_output_embeddings()
         chunk = max(1, CHUNK_BYTES // (4 * self.config.get_text_config().vocab_size))
         if plain_projection(head) and not has_logit_transform(self.config):
             return LinearLogps.apply(hidden, head.weight, targets, chunk)
@@ -165,7 +174,7 @@ class FlatLM(nn.Module):
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states → logits as the model computes them: head, scale, soft cap. (n, H) → (n, V)."""
         config = self.config.get_text_config().to_dict()
-        logits = self.causal_lm.get_output_embeddings()(hidden)
+        logits = self.bare_lm.get_output_embeddings()(hidden)
         if config.get("logit_scale"):  # Cohere
             logits = logits * config["logit_scale"]
         if config.get("logits_scaling"):  # Granite
@@ -175,6 +184,27 @@ class FlatLM(nn.Module):
                 torch.tanh(logits / config["final_logit_softcapping"]) * config["final_logit_softcapping"]
             )
         return logits
+
+
+class FlatScorer(FlatModel):
+    """A decoder with a score head (num_labels 1) that maps a flat batch to the scores of its answers.
+
+    The head is kept and computed in float32, whatever the decoder computes in.
+    """
+
+    def __init__(self, lm: PreTrainedModel | PeftModel, **options):
+        super().__init__(lm, **options)
+        self.bare_lm.score.float()
+
+    def forward(self, last_index: torch.Tensor, **batch) -> torch.Tensor:
+        """Return the score of every document or answer, read at its last token, (S,) fp32.
+
+        Args:
+            last_index: (S,); see `collator`.
+        """
+        with self.autocast(last_index.device):
+            hidden = self.hidden_states(**batch)[last_index]
+        return self.bare_lm.score(hidden.float())[:, 0]
 
 
 def plain_projection(head: nn.Module) -> bool:

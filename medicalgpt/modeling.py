@@ -9,7 +9,7 @@ from pathlib import Path
 from medicalgpt.arguments import DTYPES, AdapterArguments, ModelArguments
 from medicalgpt.attention import FLAT_ATTENTION
 from medicalgpt.errors import ConfigError, ModelError, first_line
-from medicalgpt.model_files import adapter_settings, check_safetensors, weights_are_readable
+from medicalgpt.model_files import adapter_settings, check_safetensors, load_config, weights_are_readable
 from medicalgpt.run_record import read_run
 
 import torch
@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -55,6 +56,12 @@ def load_model(
         ModelError: weights are missing, broken or of the wrong shape.
     """
     weights_are_readable(directory)
+    if auto_class is AutoModelForCausalLM and has_score_head(
+        config or load_config(directory, trust_remote_code=trust_remote_code)
+    ):
+        raise ModelError(
+            f"{directory} is a reward model, which scores answers and writes none; give a model that chats"
+        )
     options = {"attn_implementation": attention} if attention else {}
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": device_of_rank()}}
@@ -87,16 +94,24 @@ def device_of_rank() -> int | str:
     return torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
 
 
-def quantization_config(bits: int | None, compute_dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """Return the configuration of a 4-bit (nf4 quantised twice, QLoRA, arXiv:2305.14314) or 8-bit base."""
+def quantization_config(
+    bits: int | None, compute_dtype: torch.dtype, head: str | None = None
+) -> BitsAndBytesConfig | None:
+    """Return the configuration of a 4-bit (nf4 quantised twice, QLoRA, arXiv:2305.14314) or 8-bit base.
+
+    Args:
+        head: the layer that stays as it is; None: the vocabulary projection.
+    """
+    skipped = [head] if head else None
     if bits == 4:
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype,
+            llm_int8_skip_modules=skipped,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if bits == 8 else None
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped) if bits == 8 else None
 
 
 def context_length(config: PretrainedConfig) -> int | None:
@@ -159,20 +174,54 @@ def load_base(
     directory: Path,
     config: PretrainedConfig,
     dtype: torch.dtype,
-    model_args: ModelArguments,
-    bits: int | None,
+    *,
+    bits: int | None = None,
+    trust_remote_code: bool = False,
+    scores: bool = False,
 ) -> PreTrainedModel:
-    """Return the base of a stage, with attention confined to documents where it can be."""
+    """Return the base of a stage, with attention confined to documents where it can be.
+
+    Args:
+        bits: of a quantised base, 4 or 8.
+        scores: with a score head (num_labels 1) in place of the vocabulary projection; a base that has none
+            gets a new one.
+    """
+    config = copy.deepcopy(config)
     options = {
-        "quantization": quantization_config(bits, dtype),
-        "trust_remote_code": model_args.trust_remote_code,
+        "quantization": quantization_config(bits, dtype, "score" if scores else None),
+        "trust_remote_code": trust_remote_code,
     }
+    if scores:
+        options |= {"auto_class": AutoModelForSequenceClassification, "may_miss": ("score",)}
+        needs_head = not has_score_head(config)
+        config.num_labels = 1
     try:
-        return load_model(directory, dtype, attention=FLAT_ATTENTION, config=copy.deepcopy(config), **options)
+        model = load_model(directory, dtype, attention=FLAT_ATTENTION, config=config, **options)
     except ModelError as error:  # an architecture that chooses among attentions of its own
         if FLAT_ATTENTION not in str(error) and "attention" not in str(error).lower():
             raise
-    return load_model(directory, dtype, config=config, **options)
+        model = load_model(directory, dtype, config=config, **options)
+    if scores and needs_head:
+        new_score_head(model)
+    return model
+
+
+def has_score_head(config: PretrainedConfig) -> bool:
+    """Return whether the weights that belong to a configuration have a score head."""
+    return any("SequenceClassification" in name for name in config.architectures or ())
+
+
+def new_score_head(model: PreTrainedModel) -> None:
+    """Start the score head: normal, standard deviation 1/√(H + 1), the same on every machine.
+
+    So began the reward models of Stiennon et al. (arXiv:2009.01325): first scores have a spread of about one.
+    """
+    weight = getattr(getattr(model, "score", None), "weight", None)
+    if weight is None:
+        raise ModelError(f"{model.config.model_type}: this architecture has no score head in transformers")
+    size = weight.shape[-1]
+    values = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) / math.sqrt(size + 1)
+    model.score.weight.data = values.to(weight.device)
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------
@@ -186,6 +235,8 @@ def names(value: str | None) -> list[str] | None:
 def add_adapters(model: PreTrainedModel, args: AdapterArguments) -> PeftModel:
     """Put LoRA (arXiv:2106.09685) on the base, or load `peft_path`; whatever is trained is float32.
 
+    A score head is trained in full.
+
     Raises:
         ConfigError: --target_modules or --modules_to_save name layers that the model does not have.
         ModelError: the adapter of --peft_path does not fit.
@@ -197,7 +248,7 @@ def add_adapters(model: PreTrainedModel, args: AdapterArguments) -> PeftModel:
         modules_to_save = names(args.modules_to_save)
         tied = bool(model.config.get_text_config().tie_word_embeddings)
         config = LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type="SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM",
             r=args.lora_rank,
             lora_alpha=args.lora_alpha,
             lora_dropout=args.lora_dropout,

@@ -3,7 +3,7 @@
 import logging
 
 from medicalgpt.collator import FlatCollator
-from medicalgpt.engine import FlatLM
+from medicalgpt.engine import FlatLM, FlatModel, FlatScorer
 from medicalgpt.errors import ModelError
 from medicalgpt.tokenization import tokens
 
@@ -22,7 +22,14 @@ def probe_batch(documents: list[list[int]], device: torch.device, *, padded: boo
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
-def confines_documents(model: FlatLM, vocab_size: int) -> bool:
+def outputs(model: FlatModel, batch: dict) -> torch.Tensor:
+    """Return what the model says at every position that predicts: log-probabilities or scores, (N,)."""
+    if isinstance(model, FlatScorer):
+        batch = batch | {"last_index": batch["source_index"]}
+    return model(**batch)
+
+
+def confines_documents(model: FlatModel, vocab_size: int) -> bool:
     """Return whether documents of one row stay apart and say what the model itself says about them.
 
     Two rows that differ in their first document must agree on the second, and agree with the model's own
@@ -33,7 +40,8 @@ def confines_documents(model: FlatLM, vocab_size: int) -> bool:
     device = next(model.parameters()).device
     try:
         with torch.no_grad():
-            beside_a, beside_b = (model(**probe_batch([x, c], device))[-len(c) + 1 :] for x in (a, b))
+            rows = (probe_batch([x, c], device) for x in (a, b))
+            beside_a, beside_b = (outputs(model, row)[-len(c) + 1 :] for row in rows)
     except (TypeError, ValueError, AttributeError, KeyError):
         return False
     except RuntimeError as error:
@@ -42,7 +50,7 @@ def confines_documents(model: FlatLM, vocab_size: int) -> bool:
         return False
     half = next(model.parameters()).dtype != torch.float32 or model.autocast_dtype is not None
     same = (beside_a - beside_b).abs().max() < (1e-2 if half else 1e-4)
-    return bool(same and agrees_with(own_logps(model, c), beside_a, half))
+    return bool(same and agrees_with(own_outputs(model, c), beside_a, half))
 
 
 def probe_documents(vocab_size: int) -> list[list[int]]:
@@ -51,23 +59,26 @@ def probe_documents(vocab_size: int) -> list[list[int]]:
     return torch.randint(min(10, vocab_size - 1), vocab_size, (3, 24), generator=generator).tolist()
 
 
-def own_logps(model: FlatLM, document: list[int]) -> torch.Tensor:
-    """Return the log-probabilities of a document by the model's own forward and attention, (T - 1,)."""
-    causal_lm = model.causal_lm
-    used = causal_lm.config._attn_implementation
+def own_outputs(model: FlatModel, document: list[int]) -> torch.Tensor:
+    """Return the same of a document by the model's own forward and attention, (T - 1,)."""
+    bare_lm = model.bare_lm
+    used = bare_lm.config._attn_implementation
     ids = torch.tensor([document], device=next(model.parameters()).device)
-    causal_lm.set_attn_implementation(own_attention(causal_lm))
+    bare_lm.set_attn_implementation(own_attention(bare_lm))
     try:
         with torch.no_grad(), model.autocast(ids.device):
-            log_softmax = causal_lm(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+            if isinstance(model, FlatLM):
+                logps = bare_lm(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
+                return logps[:-1].gather(1, ids[0, 1:, None])[:, 0]
+            hidden = bare_lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     finally:
-        causal_lm.set_attn_implementation(used)
-    return log_softmax[:-1].gather(1, ids[0, 1:, None])[:, 0]
+        bare_lm.set_attn_implementation(used)
+    return bare_lm.score(hidden[0, :-1].float())[:, 0].detach()
 
 
-def own_attention(causal_lm: PreTrainedModel) -> str:
+def own_attention(bare_lm: PreTrainedModel) -> str:
     """Return the library's attention for a model."""
-    return "sdpa" if causal_lm._supports_sdpa else "eager"
+    return "sdpa" if bare_lm._supports_sdpa else "eager"
 
 
 def agrees_with(expected: torch.Tensor, actual: torch.Tensor, half: bool) -> bool:
@@ -75,28 +86,28 @@ def agrees_with(expected: torch.Tensor, actual: torch.Tensor, half: bool) -> boo
     return bool((expected - actual).abs().mean() < (0.1 if half else 1e-3))
 
 
-def choose_rows(model: FlatLM) -> None:
+def choose_rows(model: FlatModel) -> None:
     """Decide by the probe whether the model's batches are flat rows or padded ones; say so if padded.
 
     Raises:
-        ModelError: the log-probabilities computed here are not the model's own either way.
+        ModelError: what is computed here is not what the model itself says, either way.
     """
-    causal_lm, was_training = model.causal_lm, model.training
-    vocab_size = causal_lm.get_input_embeddings().num_embeddings
+    bare_lm, was_training = model.bare_lm, model.training
+    vocab_size = bare_lm.get_input_embeddings().num_embeddings
     model.eval()
     model.padded = not confines_documents(model, vocab_size)
     if model.padded:
-        causal_lm.set_attn_implementation(own_attention(causal_lm))
+        bare_lm.set_attn_implementation(own_attention(bare_lm))
         logger.info(
             "padded=True: documents of one row would see each other in this model, so rows hold one document"
         )
         document, parameter = probe_documents(vocab_size)[0], next(model.parameters())
         half = parameter.dtype != torch.float32 or model.autocast_dtype is not None
         with torch.no_grad():
-            logps = model(**probe_batch([document], parameter.device, padded=True))
-        if not agrees_with(own_logps(model, document), logps, half):
+            found = outputs(model, probe_batch([document], parameter.device, padded=True))
+        if not agrees_with(own_outputs(model, document), found, half):
             raise ModelError(
-                f"{causal_lm.config.model_type}: the model does something to its logits that this toolkit "
+                f"{bare_lm.config.model_type}: the model does something to its logits that this toolkit "
                 "does not know; it cannot be trained here"
             )
     model.train(was_training)
@@ -117,7 +128,7 @@ class SavedBytes:
         return tensor
 
 
-def bytes_saved_for_backward(model: FlatLM, vocab_size: int, num_tokens: int = 64) -> float:
+def bytes_saved_for_backward(model: FlatModel, vocab_size: int, num_tokens: int = 64) -> float:
     """Measure what a training step keeps for its backward pass, in bytes per token of the row."""
     parameter = next(model.parameters())
     document = [i % vocab_size for i in range(num_tokens)]

@@ -7,6 +7,7 @@
     pair   {"question", "response_chosen", "response_rejected"[, "system", "history"]}
            or {"conversations": [… ending with human], "chosen", "rejected"}
            or {"instruction"[, "input"], "chosen", "rejected"[, "system", "history"]} (Alpaca)
+           and may say by how much the better answer is better, "margin" (a number, for reward models)
     tools  a chat or pair row may offer "tools"; then turns may be function_call and observation (ShareGPT),
            or hold tool_calls and be answered by role tool (OpenAI)
 
@@ -14,6 +15,7 @@ A wrong row is refused as `file:line: field: what; mend`. Standard library only,
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,13 +70,18 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prompt that ends with a question, a better and a worse answer."""
+    """A prompt that ends with a question, a better and a worse answer.
+
+    Attributes:
+        margin: by how much the better answer's score must exceed the other's (a reward model's unit).
+    """
 
     prompt: tuple[Message, ...]
     chosen: Message
     rejected: Message
     origin: str
     tools: tuple[dict, ...] = ()
+    margin: float = 0.0
 
     @property
     def key(self) -> str:
@@ -260,7 +267,19 @@ def parse_pair(row: dict, origin: str, log: RowLog) -> Pair | None:
     if answers[0] == answers[1]:
         log.add("identical_answers_dropped", origin)
         return None
-    return Pair(tuple(prompt), *answers, origin, parse_tools(row, origin))
+    return Pair(tuple(prompt), *answers, origin, parse_tools(row, origin), parse_margin(row, origin))
+
+
+def parse_margin(row: dict, origin: str) -> float:
+    """Return the optional margin of a pair."""
+    margin = row.get("margin")
+    if margin is None:
+        return 0.0
+    if isinstance(margin, bool) or not isinstance(margin, int | float):
+        raise DataError(f"{origin}: margin: is {json_type(margin)}; expected a number")
+    if not math.isfinite(margin):
+        raise DataError(f"{origin}: margin: is {margin}; expected a finite number")
+    return float(margin)
 
 
 def parse_answer(row: dict, name: str, origin: str) -> Message:

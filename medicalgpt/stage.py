@@ -12,7 +12,7 @@ from medicalgpt.base import Base
 from medicalgpt.checkpoint import PARTIAL, lock, newest_whole, publish, why_not_whole, write_json
 from medicalgpt.collator import example_length
 from medicalgpt.dataset import Data
-from medicalgpt.engine import FlatLM
+from medicalgpt.engine import FlatLM, FlatModel, FlatScorer
 from medicalgpt.errors import ConfigError, DataError, ModelError, StoppedError, is_main_rank
 from medicalgpt.model_files import load_config
 from medicalgpt.modeling import add_adapters, choose_dtype, context_length, load_base, scaled_rope
@@ -118,12 +118,18 @@ def chat_encoder(flags: StageFlags, base: Base) -> ChatEncoder:
 
 
 def build_model(
-    flags: StageFlags, base: Base, *, max_length: int, neftune_alpha: float | None = None
-) -> FlatLM:
+    flags: StageFlags,
+    base: Base,
+    *,
+    max_length: int,
+    neftune_alpha: float | None = None,
+    scores: bool = False,
+) -> FlatLM | FlatScorer:
     """Return the model to train; it knows whether its batches must be padded.
 
     Args:
         max_length: the longest text, in tokens, for --rope_scaling.
+        scores: a model that scores answers, instead of one that writes them.
 
     Raises:
         ModelError: the base does not load, or has fewer embeddings than the tokenizer has tokens.
@@ -141,7 +147,14 @@ def build_model(
             context,
         )
     dtype = choose_dtype(model_args, flags.adapter, bf16=args.bf16, fp16=args.fp16, use_cpu=args.use_cpu)
-    lm = load_base(base.directory, config, dtype, model_args, flags.adapter.quantization_bits)
+    lm = load_base(
+        base.directory,
+        config,
+        dtype,
+        bits=flags.adapter.quantization_bits,
+        trust_remote_code=model_args.trust_remote_code,
+        scores=scores,
+    )
     if len(base.tokenizer) > lm.get_input_embeddings().num_embeddings:
         raise ModelError(
             f"{base.directory}: the tokenizer has {len(base.tokenizer)} tokens, the model "
@@ -151,7 +164,8 @@ def build_model(
     if flags.adapter.use_peft:
         lm = add_adapters(lm, flags.adapter)
     autocast_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    model = FlatLM(lm, autocast_dtype=autocast_dtype, neftune_alpha=neftune_alpha).to(args.device)
+    kind = FlatScorer if scores else FlatLM
+    model = kind(lm, autocast_dtype=autocast_dtype, neftune_alpha=neftune_alpha).to(args.device)
     choose_rows(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -167,13 +181,13 @@ def build_model(
     return model
 
 
-def choose_activation_checkpointing(model: FlatLM, args: StageArguments, examples: list[dict]) -> None:
+def choose_activation_checkpointing(model: FlatModel, args: StageArguments, examples: list[dict]) -> None:
     """Switch activation checkpointing on: as asked, or (auto) when a step needs over 60 % of memory."""
     longest = sorted(map(example_length, examples), reverse=True)[: args.per_device_train_batch_size]
     mode = args.gradient_checkpointing
     if mode == "auto":
         needed = sum(longest) * bytes_saved_for_backward(
-            model, model.causal_lm.get_input_embeddings().num_embeddings
+            model, model.bare_lm.get_input_embeddings().num_embeddings
         )
         # A gradient and two Adam moments in float32 come with every trained weight.
         needed += 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -187,7 +201,7 @@ def choose_activation_checkpointing(model: FlatLM, args: StageArguments, example
             free / 1e9,
         )
     if mode == "true":
-        model.causal_lm.gradient_checkpointing_enable({"use_reentrant": False})
+        model.bare_lm.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 # ---- what is said before the first step --------------------------------------------------------------------
@@ -242,6 +256,13 @@ def show_example(tokenizer: PreTrainedTokenizerBase, parts: list[tuple[np.ndarra
             text += f"⟦{piece}⟧" if end > start and trained[start] else piece
     text = text if len(text) <= 1500 else f"{text[:1000]} … {text[-400:]}"
     logger.info("first example, trained parts in ⟦ ⟧:\n%s", text)
+
+
+def show_pair(tokenizer: PreTrainedTokenizerBase, pair: dict) -> None:
+    """Log one encoded pair: the prompt, then the chosen and the rejected answer."""
+    untrained = np.full(len(pair["prompt_ids"]), IGNORE_INDEX)
+    answers = [(pair[f"{side}_ids"], pair[f"{side}_labels"]) for side in ("chosen", "rejected")]
+    show_example(tokenizer, [(pair["prompt_ids"], untrained), *answers])
 
 
 # ---- training ----------------------------------------------------------------------------------------------

@@ -331,7 +331,7 @@ class ChatEncoder:
         if prompt > self.max_source_length or room < 1:
             log.add("question_too_long", origin)
             return None
-        example = {"prompt_ids": tokens(flat[0].ids[:prompt])}
+        example = {"prompt_ids": tokens(flat[0].ids[:prompt]), "margin": record.margin}
         cut = False
         for name, side in zip(("chosen", "rejected"), flat, strict=True):
             end = len(side.ids) - side.tail

@@ -36,7 +36,7 @@ MAX_SKIPPED_STEPS = 20  # in a row, by the loss scaling of fp16
 
 
 class StageTrainer(Trainer):
-    """Trains a FlatLM on flat batches.
+    """Trains a FlatModel on flat batches.
 
     A stage says what a batch contributes: `batch_sums` returns sums over items (trained tokens, or pairs),
     "loss" among them, and `count_items` how many items a batch has. The loss of a step is the sum over all
@@ -74,7 +74,7 @@ class StageTrainer(Trainer):
         raise TypeError(f"{type(self).__name__} does not say what its loss counts")
 
     def final_metrics(self, means: dict[str, float]) -> dict[str, float]:
-        """Return the metrics to report, from the means over all items."""
+        """Return the metrics to report, from the means over all items; in training without their loss."""
         return means
 
     # ---- rows ----------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class StageTrainer(Trainer):
             sums = self.reduce(self.sums)
             elapsed, self.clock = time.perf_counter() - self.clock, time.perf_counter()
             items, num_tokens = sums.pop("items", 0), sums.pop("tokens", 0)
-            logs |= {name: value / items for name, value in sums.items()}
+            logs |= self.final_metrics({name: value / items for name, value in sums.items()})
             logs["tokens_per_second"] = num_tokens / elapsed
             self.sums.clear()
         super().log(logs, start_time)
@@ -303,4 +303,4 @@ class LanguageModelTrainer(StageTrainer):
 
     def final_metrics(self, means: dict[str, float]) -> dict[str, float]:
         """Add the perplexity per trained token."""
-        return means | {"perplexity": math.exp(min(means["loss"], 700))}
+        return means | ({"perplexity": math.exp(min(means["loss"], 700))} if "loss" in means else {})

@@ -224,7 +224,7 @@ def test_a_trained_head_gets_the_gradient_of_the_models_own_loss(trained):
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     flat = FlatLM(model)
-    flat.causal_lm.set_attn_implementation(FLAT_ATTENTION)
+    flat.bare_lm.set_attn_implementation(FLAT_ATTENTION)
     (-flat(**FlatCollator()([row])).mean()).backward()
     actual = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert actual.keys() == expected.keys()
@@ -289,7 +289,7 @@ def test_every_epoch_has_another_order_that_its_number_decides():
 def test_an_empty_batch_has_no_items_and_a_gradient_of_zero(collator):
     model = get_peft_model(build_model("llama", VOCAB), LoraConfig(r=2, target_modules="all-linear"))
     flat = FlatLM(model)
-    flat.causal_lm.set_attn_implementation("eager" if collator.padded else FLAT_ATTENTION)
+    flat.bare_lm.set_attn_implementation("eager" if collator.padded else FLAT_ATTENTION)
     logps = flat(**collator([]))
     assert logps.shape == (0,)
     logps.sum().backward()

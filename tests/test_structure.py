@@ -168,28 +168,32 @@ class CollectedError(Exception):
 def known_flags(script: str) -> frozenset[str]:
     """Return every flag that a script understands, from its own parser or, failing that, its --help."""
     module = importlib.import_module(script.removesuffix(".py"))
-    owner = (
-        importlib.import_module("medicalgpt.arguments")
-        if hasattr(module, "StageTrainer") or hasattr(module, "LanguageModelTrainer")
-        else module
-    )
-    if not hasattr(owner, "parse_arguments"):
+    is_stage = any(name.endswith("Trainer") for name in vars(module))
+    owners = [importlib.import_module("medicalgpt.arguments")] if is_stage else []
+    owners += [module] if hasattr(module, "parse_arguments") else []
+    if not owners:
         done = subprocess.run(
             [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         )
         return frozenset(re.findall(r"--[\w-]+", done.stdout))
-    types = []
+    types = {}
 
     def collect(argv, wanted, *_):
-        types.extend(wanted)
+        types.update(dict.fromkeys(wanted))
         raise CollectedError
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, "parse_arguments", collect)
-        with pytest.raises(CollectedError):
-            module.main([])
-    flags = {flag for action in FlagParser(types)._actions for flag in action.option_strings}
-    return frozenset(flags | set(RENAMED_FLAGS) | {"--debug"})
+        for owner in owners:
+            patch.setattr(owner, "parse_arguments", collect)
+        for argv in ([], ["--score_file", "f"]):  # a script with two uses has two parsers
+            with pytest.raises(CollectedError):
+                module.main(argv)
+    parsers = [FlagParser([t]) for t in types]
+    return frozenset(
+        {flag for parser in parsers for action in parser._actions for flag in action.option_strings}
+        | set(RENAMED_FLAGS)
+        | {"--debug"}
+    )
 
 
 def test_known_flags_are_those_of_the_scripts_own_parser():

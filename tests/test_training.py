@@ -13,6 +13,7 @@ from pathlib import Path
 import dpo_training
 import merge_peft_adapter
 import pretraining
+import reward_modeling
 import supervised_finetuning
 from medicalgpt.callbacks import ProgressBar
 from medicalgpt.checkpoint import why_not_whole
@@ -30,8 +31,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, FalconForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = {"pt": pretraining, "sft": supervised_finetuning, "dpo": dpo_training}
+STAGES = {"pt": pretraining, "sft": supervised_finetuning, "dpo": dpo_training, "rm": reward_modeling}
 SCRIPTS = {name: Path(module.__file__).name for name, module in STAGES.items()}
+DATA = {"rm": "dpo"}
 EXACT = [
     "--torch_dtype",
     "float32",
@@ -47,7 +49,7 @@ EXACT = [
 def command(stage: str, model_dir: Path, data_dir: Path, output_dir: Path, **flags) -> list[str]:
     """Return a stage's flags: float32, a log line per step, what a test asks for over that."""
     options = {
-        "model_name_or_path": model_dir, "train_file_dir": data_dir / stage, "output_dir": output_dir,
+        "model_name_or_path": model_dir, "train_file_dir": data_dir / DATA.get(stage, stage), "output_dir": output_dir,
         "learning_rate": 1e-2, "max_steps": 4, "logging_steps": 1, "eval_strategy": "no", "lora_dropout": 0.0,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "warmup_steps": 0,
         "validation_split_percentage": 15,
@@ -115,7 +117,7 @@ def test_under_a_launcher_two_ranks_refuse_in_one_line_with_the_stages_code(tmp_
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_are_one_rank_with_twice_the_accumulation(stage, model_dir, data_dir, tmp_path):
     """Two epochs whose last step has a batch for one rank only, and a last batch of one row."""
-    rows = {"pt": 15, "sft": 17, "dpo": 17}[stage]
+    rows = {"pt": 15}.get(stage, 17)
     flags = {
         "per_device_train_batch_size": 2,
         "max_steps": -1,
