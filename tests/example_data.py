@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
 DATA = Path(__file__).parent.parent / "data"
@@ -102,10 +102,10 @@ def most_alike(texts: list[str], n: int) -> tuple[float, str, str]:
 
 
 def length_tells(pairs: list[dict], measure: Callable[[str], int]) -> dict[str, float]:
-    """Return how often a rule that sees only the two lengths finds the better answer.
+    """Return how often a rule that sees only the two lengths of a pair finds the better answer.
 
-    ``longer``: the longer one is taken, ties count half. ``best``: the best of the rules "the longer (or the shorter)
-    one if they differ by more than t, else the other way round", with t chosen on these very pairs.
+    ``longer``: the longer one is taken, ties count half. ``best``: the best of the rules "the longer (or the
+    shorter) one if they differ by more than t, else the other way round", with t chosen on these very pairs.
     """
     differences = [measure(p["response_chosen"]) - measure(p["response_rejected"]) for p in pairs]
 
@@ -115,6 +115,22 @@ def length_tells(pairs: list[dict], measure: Callable[[str], int]) -> dict[str, 
 
     shares = [share(limit) for limit in sorted({0} | {abs(d) for d in differences})]
     return {"longer": share(0), "best": max(max(shares), 1 - min(shares))}
+
+
+def lengths_tell(pairs: list[dict], measure: Callable[[str], int]) -> dict[str, float]:
+    """Return how often a rule that sees the length of one answer tells whether it is a better or a worse one.
+
+    ``threshold``: the best of "better if longer (shorter) than t"; ``band``: of "better if between s and t" or
+    the opposite. Limits are chosen on these very answers.
+    """
+    balance: Counter[int] = Counter()
+    for pair in pairs:
+        balance[measure(pair["response_chosen"])] += 1
+        balance[measure(pair["response_rejected"])] -= 1
+    sums = list(accumulate((balance[size] for size in sorted(balance)), initial=0))
+    threshold = max(map(abs, sums))
+    band = max(sums) - min(sums)  # better minus worse answers of the best stretch, or the opposite
+    return {name: 0.5 + gain / (2 * len(pairs)) for name, gain in (("threshold", threshold), ("band", band))}
 
 
 def tables() -> list[str]:
