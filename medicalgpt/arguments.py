@@ -363,13 +363,21 @@ class StageFlags:
         ]
 
 
-def parse_stage(argv: Sequence[str], own: type, description: str, defaults: dict[str, Any]) -> StageFlags:
+def parse_stage(
+    argv: Sequence[str],
+    own: type,
+    description: str,
+    defaults: dict[str, Any],
+    *,
+    model: type = ModelArguments,
+) -> StageFlags:
     """Return the flags of a stage that reads conversations; see `parse_arguments`.
 
     Args:
         own: the dataclass of what only this stage has.
+        model: the dataclass of what is trained.
     """
-    types = (ModelArguments, AdapterArguments, DataArguments, ChatArguments, own, StageArguments)
+    types = (model, AdapterArguments, DataArguments, ChatArguments, own, StageArguments)
     return StageFlags(*parse_arguments(argv, types, description, COMMON_DEFAULTS | defaults))
 
 

@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from medicalgpt.errors import ConfigError, ModelError, RunError
@@ -62,6 +62,45 @@ def staged(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 "nothing was changed"
             ) from None
         raise
+
+
+@contextlib.contextmanager
+def whole_checkpoint(
+    output_dir: Path, step: int, *, keep: int | None, is_main: bool, wait: Callable[[], None]
+) -> Iterator[Path]:
+    """Yield where all ranks write a checkpoint's files; it gets its name once it is whole.
+
+    Args:
+        keep: checkpoints that stay, the new one included; None: all.
+        is_main: whether this rank makes and names directories.
+        wait: waits for all ranks.
+
+    Raises:
+        RunError: the disk is full or not writable; older checkpoints are untouched.
+    """
+    name, saving = f"checkpoint-{step}", output_dir / f"saving{PARTIAL}"
+    try:
+        if is_main:
+            shutil.rmtree(saving, ignore_errors=True)
+            (saving / name).mkdir(parents=True)
+        wait()
+        yield saving
+        wait()
+        if is_main:
+            seal(saving / name)
+            replace_directory(saving / name, output_dir / name)
+            rotate(output_dir, keep)
+        wait()
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not is_write_error(error):
+            raise
+        raise RunError(
+            f"{output_dir / name} could not be written: {str(error).splitlines()[0]}; "
+            f"{free_space(output_dir)} free; older checkpoints are untouched"
+        ) from None
+    finally:
+        if is_main:
+            shutil.rmtree(saving, ignore_errors=True)
 
 
 def seal(directory: Path) -> None:

@@ -22,12 +22,18 @@ class LinearLogps(torch.autograd.Function):
     """log softmax(h Wᵀ)[target] per row, chunk by chunk, for a projection W that is not trained.
 
     d logp_t / d h_t = W[target_t] − softmax(h_t Wᵀ) W is all that backward needs, (N, H); it is computed in
-    forward while a chunk's logits exist, so no logits are kept and none are computed twice.
+    forward while a chunk's logits exist, so no logits are kept and none are computed twice. The entropies of
+    the distributions come with it where `entropies`, (N,) fp32, is there to take them.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int
+        ctx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        chunk: int,
+        entropies: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden (N, H), weight (V, H), targets (N,) → (N,) fp32, in nats."""
         hidden = hidden.to(weight.dtype)
@@ -38,6 +44,8 @@ class LinearLogps(torch.autograd.Function):
             log_softmax = (hidden[rows] @ weight.t()).float().log_softmax(-1)  # (n, V)
             target = targets[rows, None]
             logps[rows] = log_softmax.gather(1, target)[:, 0]
+            if entropies is not None:
+                entropies[rows] = torch.special.entr(log_softmax.exp()).sum(-1)
             if gradient is not None:
                 minus_p = log_softmax.exp_().neg_()
                 minus_p.scatter_add_(1, target, torch.ones_like(target, dtype=minus_p.dtype))
@@ -46,17 +54,19 @@ class LinearLogps(torch.autograd.Function):
         return logps
 
     @staticmethod
-    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+    def backward(ctx, upstream: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
         """Scale each row's gradient; upstream (N,)."""
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None].to(gradient.dtype), None, None, None
+        return gradient * upstream[:, None].to(gradient.dtype), None, None, None, None
 
 
 def projected_logps(
     project: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: torch.Tensor
-) -> torch.Tensor:
-    """Log softmax(project(h))[target] of one chunk, (n,) fp32."""
-    return project(hidden).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log softmax(project(h))[target] and the entropies of one chunk, (n,) fp32 each."""
+    log_softmax = project(hidden).float().log_softmax(-1)
+    entropies = -(log_softmax.exp() * log_softmax).sum(-1)
+    return log_softmax.gather(1, targets[:, None])[:, 0], entropies
 
 
 class FlatModel(nn.Module):
@@ -160,16 +170,65 @@ class FlatLM(FlatModel):
         with self.autocast(source_index.device):
             return self.labelled_logps(self.hidden_states(**batch)[source_index], target_ids)
 
-    def labelled_logps(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Project hidden states (N, H) to the vocabulary and return the targets' log-probabilities, (N,)."""
+    def logps_and_entropies(
+        self,
+        source_index: torch.Tensor,
+        target_ids: torch.Tensor,
+        temperature: float,
+        *,
+        entropy_has_gradient: bool,
+        **batch,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return log p(target) and the entropy of the distribution that gave it, (N,) fp32 each, in nats.
+
+        Args:
+            temperature: divides the logits.
+        """
+        with self.autocast(source_index.device):
+            hidden = self.hidden_states(**batch)[source_index]
+            if entropy_has_gradient:
+                return self.checked_projection(hidden, target_ids, temperature)
+            entropies = torch.empty(len(target_ids), device=hidden.device)
+            return self.labelled_logps(hidden, target_ids, temperature, entropies), entropies
+
+    def labelled_logps(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float = 1.0,
+        entropies: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Project hidden states (N, H) to the vocabulary and return the targets' log-probabilities, (N,).
+
+        Args:
+            entropies: takes the entropies, (N,), where they are wanted.
+        """
         head = self.bare_lm.get_output_embeddings()
-        chunk = max(1, CHUNK_BYTES // (4 * self.config.get_text_config().vocab_size))
         if plain_projection(head) and not has_logit_transform(self.config):
-            return LinearLogps.apply(hidden, head.weight, targets, chunk)
-        parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        return torch.cat(
-            [checkpoint(projected_logps, self.project, h, t, use_reentrant=False) for h, t in parts]
-        )
+            scaled = hidden if temperature == 1 else hidden / temperature
+            return LinearLogps.apply(scaled, head.weight, targets, self.chunk, entropies)
+        logps, found = self.checked_projection(hidden, targets, temperature)
+        if entropies is not None:
+            entropies.copy_(found.detach())
+        return logps
+
+    def checked_projection(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Project chunk by chunk, computing each chunk again for its gradient, (N,) fp32 twice."""
+
+        def project(h: torch.Tensor) -> torch.Tensor:
+            return self.project(h) / temperature
+
+        chunks = zip(hidden.split(self.chunk), targets.split(self.chunk), strict=True)
+        parts = [checkpoint(projected_logps, project, h, t, use_reentrant=False) for h, t in chunks]
+        logps, entropies = zip(*parts, strict=True)
+        return torch.cat(logps), torch.cat(entropies)
+
+    @property
+    def chunk(self) -> int:
+        """How many positions are projected at one time."""
+        return max(1, CHUNK_BYTES // (4 * self.config.get_text_config().vocab_size))
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states → logits as the model computes them: head, scale, soft cap. (n, H) → (n, V)."""

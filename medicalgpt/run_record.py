@@ -53,6 +53,11 @@ NEUTRAL_FLAGS = frozenset(
         "dataloader_prefetch_factor",
         "cache_dir",
         "model_name_or_path",
+        "sft_model_path",
+        "reward_model_path",
+        "reward_function",
+        "sample_steps",
+        "num_sample_prompts",
         "tokenizer_name_or_path",
         "train_file_dir",
         "validation_file_dir",
@@ -113,6 +118,7 @@ class RunRecord:
         data: dict,
         template: str | None,
         parent: dict | None,
+        also: dict[str, str] | None = None,
     ) -> "RunRecord":
         """Describe the run that a command asks for.
 
@@ -120,12 +126,13 @@ class RunRecord:
             base: {"path", "fingerprint", "config", "tokenizer", "adapter"} of what is trained on.
             data: {file: sha256}, in reading order.
             parent: the base's own run.json, if it has one.
+            also: what else the numbers depend on, {name: fingerprint}.
         """
         values = values_of(flags)
         identity = {name: value for name, value in values.items() if name not in NEUTRAL_FLAGS}
         identity |= {"base": base["fingerprint"], "config": base["config"], "tokenizer": base["tokenizer"]}
         identity |= {"data": list(data.values()), "template": template, "peft_path": base["adapter"]}
-        identity |= {"world_size": flags.run.world_size}
+        identity |= {"world_size": flags.run.world_size} | (also or {})
         identity |= {f"version of {name}": value for name, value in versions().items()}
         content = {
             "stage": stage,

@@ -23,7 +23,7 @@ from medicalgpt.trainer import StageTrainer
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerState, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 logger = logging.getLogger("medicalgpt")
 
@@ -31,8 +31,13 @@ logger = logging.getLogger("medicalgpt")
 # ---- the run -----------------------------------------------------------------------------------------------
 
 
-def open_run(stage: str, flags: StageFlags, base: Base, data: Data) -> RunRecord | None:
+def open_run(
+    stage: str, flags: StageFlags, base: Base, data: Data, also: dict[str, str] | None = None
+) -> RunRecord | None:
     """Return the record of a new or interrupted run, or None when the same run is already complete.
+
+    Args:
+        also: what else the numbers depend on, {name: fingerprint}.
 
     Raises:
         ConfigError: the output directory holds another run, is in use, or holds something else.
@@ -45,6 +50,7 @@ def open_run(stage: str, flags: StageFlags, base: Base, data: Data) -> RunRecord
         data=data.files,
         template=base.template_name,
         parent=read_run(base.directory),
+        also=also,
     )
     if not flags.run.do_train:
         if read_run(output_dir) is not None:
@@ -280,7 +286,7 @@ def run_training(trainer: StageTrainer, record: RunRecord, base: Base) -> None:
         return
     if is_main_rank():
         record.save()
-    metrics = train(trainer, record.checkpoint)
+    metrics = trainer.run(record.checkpoint)
     if trainer.stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise StoppedError(
             f"after step {trainer.state.global_step} of {trainer.state.max_steps}, with a whole "
@@ -292,23 +298,6 @@ def run_training(trainer: StageTrainer, record: RunRecord, base: Base) -> None:
     wait_for_ranks()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def train(trainer: StageTrainer, checkpoint: str | None) -> dict[str, float]:
-    """Train from the start or from a checkpoint, and return the metrics of training.
-
-    A checkpoint of the last step only lacks what comes after training: the loop would add a step to it.
-    """
-    if checkpoint:
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        if state.global_step >= state.max_steps:
-            trainer._load_from_checkpoint(checkpoint)
-            trainer.state = state
-            return {"train_steps": state.global_step}
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    steps = trainer.state.global_step
-    result.metrics.pop("total_flos")  # not counted here
-    return dict(result.metrics, train_loss=trainer._total_loss_scalar / steps, train_steps=steps)
 
 
 def publish_result(

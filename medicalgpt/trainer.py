@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,23 +10,14 @@ from pathlib import Path
 
 from medicalgpt.batches import RankBatches, RankLoader
 from medicalgpt.callbacks import ProgressBar, RestoreSums, StopOnSignal
-from medicalgpt.checkpoint import (
-    PARTIAL,
-    free_space,
-    is_write_error,
-    replace_directory,
-    rotate,
-    seal,
-    write_json,
-)
+from medicalgpt.checkpoint import whole_checkpoint, write_json
 from medicalgpt.errors import RunError, is_main_rank
 from medicalgpt.modeling import load_weights
 from medicalgpt.run_record import RunRecord
 
 import torch
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 logger = logging.getLogger("medicalgpt")
@@ -62,6 +52,22 @@ class StageTrainer(Trainer):
         self.add_callback(self.stop)
         if is_main_rank():
             self.add_callback(ProgressBar())
+
+    def run(self, checkpoint: str | None) -> dict[str, float]:
+        """Train from the start or from a checkpoint, and return the metrics of training.
+
+        A checkpoint of the last step only lacks what comes after training: the loop would add a step to it.
+        """
+        if checkpoint:
+            state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            if state.global_step >= state.max_steps:
+                self._load_from_checkpoint(checkpoint)
+                self.state = state
+                return {"train_steps": state.global_step}
+        result = self.train(resume_from_checkpoint=checkpoint)
+        steps = self.state.global_step
+        result.metrics.pop("total_flos")  # not counted here
+        return dict(result.metrics, train_loss=self._total_loss_scalar / steps, train_steps=steps)
 
     # ---- what a stage defines ------------------------------------------------------------------------------
 
@@ -107,14 +113,7 @@ class StageTrainer(Trainer):
         The library's schedules start a warm-up at zero, so that the first step trains nothing. Here step i of
         N takes what the schedule of N + 1 steps has for step i + 1.
         """
-        scheduler = super().create_scheduler(num_training_steps + 1, optimizer)
-        if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
-            scheduler.lr_lambdas = [one_step_on(schedule) for schedule in scheduler.lr_lambdas]
-            groups = scheduler.optimizer.param_groups
-            for group, base, schedule in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-                group["lr"] = base * schedule(0)
-            scheduler._last_lr = [group["lr"] for group in groups]
-        return scheduler
+        return begun(super().create_scheduler(num_training_steps + 1, optimizer))
 
     # ---- loss ----------------------------------------------------------------------------------------------
 
@@ -227,33 +226,17 @@ class StageTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None = None) -> None:
         """Write a checkpoint beside its place on all ranks, seal and rename it, then drop what is too old."""
-        output_dir = Path(self.args.output_dir)
-        name = f"checkpoint-{self.state.global_step}"
-        self.saving_dir = output_dir / f"saving{PARTIAL}"
-        try:
-            if self.args.should_save:
-                shutil.rmtree(self.saving_dir, ignore_errors=True)
-                (self.saving_dir / name).mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                seal(self.saving_dir / name)
-                replace_directory(self.saving_dir / name, output_dir / name)
-                rotate(output_dir, self.args.save_total_limit)
-            self.accelerator.wait_for_everyone()
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not is_write_error(error):
-                raise
-            raise RunError(
-                f"{output_dir / name} could not be written: {str(error).splitlines()[0]}; "
-                f"{free_space(output_dir)} free; older checkpoints are untouched"
-            ) from None
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(self.saving_dir, ignore_errors=True)
-            self.saving_dir = None
-        logger.info("saved checkpoint=%s", output_dir / name)
+        args, wait = self.args, self.accelerator.wait_for_everyone
+        output_dir, step = Path(args.output_dir), self.state.global_step
+        with whole_checkpoint(
+            output_dir, step, keep=args.save_total_limit, is_main=args.should_save, wait=wait
+        ) as directory:
+            self.saving_dir = directory
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.saving_dir = None
+        logger.info("saved checkpoint=%s", output_dir / f"checkpoint-{step}")
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Write what is trained: the adapter, or the whole model."""
@@ -283,6 +266,17 @@ class StageTrainer(Trainer):
         load_weights(self.model.lm, Path(resume_from_checkpoint))
         progress = json.loads(self.progress_file(resume_from_checkpoint).read_text(encoding="utf-8"))
         self.add_callback(RestoreSums(self, progress))
+
+
+def begun(scheduler: torch.optim.lr_scheduler.LRScheduler) -> torch.optim.lr_scheduler.LRScheduler:
+    """Begin a learning-rate schedule one step further on; see `StageTrainer.create_scheduler`."""
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        scheduler.lr_lambdas = [one_step_on(schedule) for schedule in scheduler.lr_lambdas]
+        groups = scheduler.optimizer.param_groups
+        for group, base, schedule in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * schedule(0)
+        scheduler._last_lr = [group["lr"] for group in groups]
+    return scheduler
 
 
 def one_step_on(schedule: Callable[[int], float]) -> Callable[[int], float]:

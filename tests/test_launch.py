@@ -23,9 +23,10 @@ STAGES = {
     "run_pt.sh": "pretraining",
     "run_sft.sh": "supervised_finetuning",
     "run_rm.sh": "reward_modeling",
+    "run_ppo.sh": "ppo_training",
     "run_dpo.sh": "dpo_training",
 }
-ONE_PROCESS = {"run_rm.sh"}
+ONE_PROCESS = {"run_rm.sh", "run_ppo.sh"}
 STAGE_LINE = re.compile(
     r"^CUDA_VISIBLE_DEVICES=(?:0,1 torchrun --nproc_per_node 2|0 torchrun --nproc_per_node 1) (\w+)\.py \\$",
     re.MULTILINE,
@@ -309,7 +310,8 @@ EDITED = [
 def test_every_line_that_the_guide_tells_users_to_edit_stands_in_a_launcher_once(name):
     lines = (ROOT / name).read_text().splitlines()
     assert sum(bool(STAGE_LINE.fullmatch(line)) for line in lines) == 1
-    for flag in EDITED:
+    own = {"--model_name_or_path": "--sft_model_path"} if name == "run_ppo.sh" else {}
+    for flag in [own.get(flag, flag) for flag in EDITED]:
         assert sum(bool(re.fullmatch(rf"    {flag} \S+ \\", line)) for line in lines) == 1, flag
     assert lines[-1] == '    "$@"'
 
@@ -324,6 +326,8 @@ def test_a_launcher_can_be_executed_and_stops_at_the_first_error(name):
 
 OWN_TO_A_LAUNCHER = {
     "model_name_or_path",
+    "sft_model_path",
+    "reward_model_path",
     "train_file_dir",
     "validation_file_dir",
     "template_name",
@@ -358,7 +362,9 @@ def test_a_launchers_values_are_its_scripts_own_defaults(launch, name, monkeypat
     arguments = command[script + 1 :]
     module = importlib.import_module(command[script].removesuffix(".py"))
     launched = parse_as_stage(module, arguments, monkeypatch)
-    own = parse_as_stage(module, ["--model_name_or_path", "m", "--train_file_dir", "d"], monkeypatch)
+    needed = ["--model_name_or_path", "m", "--train_file_dir", "d"]
+    needed += ["--reward_model_path", "r"] if name == "run_ppo.sh" else []
+    own = parse_as_stage(module, needed, monkeypatch)
     flags = {argument[2:] for argument in arguments if argument.startswith("--")}
     assert len(flags) > 25
     assert {flag: launched[flag] for flag in flags - OWN_TO_A_LAUNCHER} == {

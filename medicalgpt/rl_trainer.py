@@ -1,0 +1,612 @@
+"""The loop of reinforcement learning: prompts dealt to ranks, answers drawn, passes over them, checkpoints.
+
+Everything that is random depends on the seed, the update and the place of an answer in it, and every mean is
+one over all ranks: the numbers do not depend on how many ranks share the work, or on where a run was stopped.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from medicalgpt.arguments import StageArguments, StageFlags
+from medicalgpt.backbone import POLICY, VALUE, Backbone
+from medicalgpt.base import Base
+from medicalgpt.callbacks import ProgressBar, StopOnSignal
+from medicalgpt.checkpoint import whole_checkpoint, write_json
+from medicalgpt.collator import FlatCollator
+from medicalgpt.dataset import Data
+from medicalgpt.errors import ConfigError, DataError, RunError, is_main_rank
+from medicalgpt.records import Chat
+from medicalgpt.rewards import (
+    AdapterScorer,
+    FunctionScorer,
+    JudgeScorer,
+    Question,
+    Rollout,
+    Scorer,
+    check_scores,
+    on_device,
+)
+from medicalgpt.rollout import Sampler
+from medicalgpt.row_log import RowLog
+from medicalgpt.run_record import RunRecord
+from medicalgpt.scoring import load_judge
+from medicalgpt.stage import wait_for_ranks
+from medicalgpt.tokenization import ChatEncoder
+from medicalgpt.trainer import begun
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
+
+logger = logging.getLogger("medicalgpt")
+
+EVALUATION = -1  # in place of an update's number, for the random numbers of evaluations
+
+
+# ---- before the loop ---------------------------------------------------------------------------------------
+
+
+def encode_prompts(encoder: ChatEncoder, records: Sequence[Chat], log: RowLog) -> list[Question]:
+    """Return the prompts that fit --max_source_length, the oldest turns left out where they must be."""
+    encoder.set_room(encoder.max_source_length)
+    prompts = []
+    for record in records:
+        ids, dropped = encoder.encode_prompt(record.messages, record.tools)
+        if ids is None:
+            log.add("question_too_long", record.origin)
+            continue
+        if dropped:
+            log.add("oldest_turns_dropped", record.origin)
+        prompts.append(Question(record, ids))
+    return prompts
+
+
+def report_prompts(
+    prompts: Sequence[Question], held_out: Sequence[Question], data: Data, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Log what was read and the first prompt.
+
+    Raises:
+        DataError: no prompt is left.
+    """
+    for line in data.log.lines():
+        logger.info("rows %s", line)
+    if not prompts:
+        raise DataError(
+            f"no prompt is left of {len(data.train)} rows ({'; '.join(data.log.lines())}); raise "
+            "--max_source_length"
+        )
+    lengths = [len(prompt.ids) for prompt in prompts]
+    logger.info(
+        "rows_read=%d prompts=%d held_out_prompts=%d mean_prompt_tokens=%.0f longest_prompt_tokens=%d",
+        data.num_read,
+        len(prompts),
+        len(held_out),
+        sum(lengths) / len(lengths),
+        max(lengths),
+    )
+    logger.info("first prompt:\n%s", tokenizer.decode(prompts[0].ids)[:1500])
+
+
+def make_scorer(
+    backbone: Backbone, reward_dir: Path | None, function: FunctionScorer | None, flags: StageFlags
+) -> Scorer:
+    """Return what scores answers: a function, a reward model of its own, or the backbone's reward adapter."""
+    batch_size = flags.run.per_device_eval_batch_size
+    if function is not None:
+        return function
+    if reward_dir is None:
+        return AdapterScorer(backbone, batch_size)
+    judge = load_judge(Path(reward_dir), None, max_length=flags.chat.model_max_length)
+    return JudgeScorer(judge, batch_size)
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """Let training mode compute as evaluation does: old and new log-probabilities must be comparable."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_pdrop"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+
+
+# ---- the loop ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Experience:
+    """What is known of the answers of an update before its passes, (R, T) each, 0 behind an answer's end."""
+
+    mask: torch.Tensor
+    logps: torch.Tensor
+    reference_logps: torch.Tensor
+    values: torch.Tensor | None
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+    def flat(self, name: str, rows: list[int]) -> torch.Tensor:
+        """Return one of them for some answers, token after token as a flat batch has them, (N,)."""
+        return getattr(self, name)[rows][self.mask[rows].bool()]
+
+
+class RLTrainer:
+    """Trains a backbone by updates; a stage says what an update is.
+
+    Args:
+        options: the stage's own flags.
+        prompts, held_out: of training and evaluation.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        scorer: Scorer,
+        args: StageArguments,
+        options: Any,
+        record: RunRecord,
+        base: Base,
+        prompts: list[Question],
+        held_out: list[Question],
+    ):
+        if args.optim not in ("adamw_torch", "adamw_torch_fused"):
+            raise ConfigError(f"--optim {args.optim} is not for this stage; expected adamw_torch")
+        self.backbone, self.scorer, self.args, self.options = backbone, scorer, args, options
+        self.record, self.tokenizer = record, base.tokenizer
+        self.prompts, self.held_out = prompts, held_out
+        self.device, self.kl_coef = args.device, options.kl_coef
+        self.collate = FlatCollator(padded=backbone.model.padded)
+        self.num_rollouts = (
+            args.per_device_train_batch_size
+            * args.gradient_accumulation_steps
+            * args.world_size
+            * options.num_mini_batches
+        )
+        if self.num_rollouts % options.num_generations:
+            raise ConfigError(
+                f"--num_generations {options.num_generations} does not divide the {self.num_rollouts} "
+                "answers of an update"
+            )
+        switch_off_dropout(backbone)
+        self.sampler = Sampler(
+            backbone.model,
+            stop_ids=base.chat_format.stop_ids(base.tokenizer),
+            max_new_tokens=options.max_completion_length,
+            temperature=options.temperature,
+            batch_size=args.per_device_eval_batch_size,
+        )
+        self.trained = (POLICY, VALUE) if options.algorithm == "ppo" else (POLICY,)
+        backbone.freeze_all_but(*self.trained)
+        rates = {POLICY: args.learning_rate, VALUE: options.value_learning_rate or args.learning_rate}
+        self.optimizers = {
+            name: torch.optim.AdamW(
+                backbone.parameters_of(name),
+                lr=rates[name],
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                weight_decay=args.weight_decay,
+            )
+            for name in self.trained
+        }
+        self.state = TrainerState(
+            is_local_process_zero=args.local_process_index == 0, is_world_process_zero=is_main_rank()
+        )
+        self.prompts_per_update = self.num_rollouts // options.num_generations
+        epochs = math.ceil(args.num_train_epochs * len(prompts) / self.prompts_per_update)
+        self.state.max_steps = args.max_steps if args.max_steps > 0 else epochs
+        self.state.num_train_epochs = math.ceil(self.state.max_steps * self.prompts_per_update / len(prompts))
+        self.state.compute_steps(args, self.state.max_steps)
+        self.schedules = {
+            name: begun(
+                get_scheduler(
+                    args.lr_scheduler_type,
+                    optimizer,
+                    num_warmup_steps=args.get_warmup_steps(self.state.max_steps),
+                    num_training_steps=self.state.max_steps + 1,
+                )
+            )
+            for name, optimizer in self.optimizers.items()
+        }
+        self.stop = StopOnSignal()
+        callbacks = [report() for report in get_reporting_integration_callbacks(args.report_to)]
+        callbacks += [self.stop, *([ProgressBar()] if is_main_rank() else [])]
+        self.control = TrainerControl()
+        self.callbacks = CallbackHandler(
+            [DefaultFlowCallback(), *callbacks], backbone.model, base.tokenizer, None, None
+        )
+        self.before: list[tuple[str, float]] | None = None
+
+    @property
+    def model(self):
+        """The policy."""
+        return self.backbone.model
+
+    def update(self, step: int) -> dict[str, float]:
+        """Make one update and return its metrics."""
+        raise TypeError(f"{type(self).__name__} does not say what an update is")
+
+    def policy_loss(self, experience: Experience, rows: list[int], batch: dict) -> dict[str, torch.Tensor]:
+        """Return sums over the tokens of some answers: "loss" (with gradient) and metrics."""
+        raise TypeError(f"{type(self).__name__} does not say what the policy's loss is")
+
+    def value_loss(self, experience: Experience, rows: list[int], batch: dict) -> dict[str, torch.Tensor]:
+        """Return sums over the tokens of some answers: "loss" (with gradient) and metrics."""
+        raise TypeError(f"{type(self).__name__} does not say what the value function's loss is")
+
+    def run(self, checkpoint: str | None) -> dict[str, float]:
+        """Train from the start or from a checkpoint, and return the metrics of training."""
+        args, state, start = self.args, self.state, time.perf_counter()
+        if checkpoint:
+            self.load_checkpoint(Path(checkpoint))
+        self.control = self.callbacks.on_train_begin(args, state, self.control)
+        while state.global_step < state.max_steps and not self.stop.stopped:
+            self.show_samples()
+            rates = {name: schedule.get_last_lr()[0] for name, schedule in self.schedules.items()}
+            metrics = self.update(state.global_step)
+            state.global_step += 1
+            state.epoch = state.global_step * self.prompts_per_update / len(self.prompts)
+            for schedule in self.schedules.values():
+                schedule.step()
+            self.log(metrics | {"learning_rate": rates[POLICY]})
+            self.control = self.callbacks.on_step_end(args, state, self.control)
+            if self.control.should_save:
+                self.save_checkpoint()
+        self.show_samples()
+        self.control = self.callbacks.on_train_end(args, state, self.control)
+        return {"train_steps": state.global_step, "train_runtime": time.perf_counter() - start}
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Log to the console, TensorBoard and trainer_state.json."""
+        bad = next((name for name, value in metrics.items() if not math.isfinite(value)), None)
+        if bad:
+            raise RunError(f"update {self.state.global_step}: {bad} is {metrics[bad]}; nothing more is saved")
+        self.state.log_history.append(metrics | {"epoch": self.state.epoch, "step": self.state.global_step})
+        self.control = self.callbacks.on_log(self.args, self.state, self.control, dict(metrics))
+
+    # ---- answers -------------------------------------------------------------------------------------------
+
+    def draw(self, step: int) -> tuple[list[int], list[Rollout]]:
+        """Draw this rank's answers of an update; each has a place in it and random numbers of its own."""
+        k, args = self.options.num_generations, self.args
+        places = list(range(args.process_index, self.num_rollouts, args.world_size))
+        first, count = step * self.prompts_per_update, len(self.prompts)
+        numbers = [divmod(first + place // k, count) for place in places]
+        orders = {epoch: self.order(epoch) for epoch in {epoch for epoch, _ in numbers}}
+        prompts = [self.prompts[orders[epoch][index]] for epoch, index in numbers]
+        start = time.perf_counter()
+        rollouts = self.answer(prompts, [self.seed(step, place) for place in places])
+        self.rollout_seconds = time.perf_counter() - start
+        return places, rollouts
+
+    def order(self, epoch: int) -> list[int]:
+        """Return the order of the prompts in an epoch."""
+        generator = torch.Generator().manual_seed(self.args.seed + epoch)
+        return torch.randperm(len(self.prompts), generator=generator).tolist()
+
+    def seed(self, step: int, place: int) -> int:
+        """Return the seed of an answer, or of an update's passes."""
+        digest = hashlib.sha256(f"{self.args.seed} {step} {place}".encode()).digest()
+        return int.from_bytes(digest[:7], "big")
+
+    def answer(self, prompts: Sequence[Question], seeds: Sequence[int]) -> list[Rollout]:
+        """Draw an answer to every prompt."""
+        draws = self.sampler([prompt.ids for prompt in prompts], seeds)
+        said = [draw.ids[: -1 if draw.ended else None] for draw in draws]
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
+        return [Rollout(*parts) for parts in zip(prompts, draws, texts, strict=True)]
+
+    def scores(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
+        """Return the scores of answers, (R,) fp32."""
+        scores = self.scorer(rollouts)
+        check_scores(scores, rollouts)
+        return torch.tensor(scores, dtype=torch.float32, device=self.device)
+
+    @torch.no_grad()
+    def evaluate_answers(self, rollouts: Sequence[Rollout]) -> Experience:
+        """Return log-probabilities of policy and reference, and values, before the first pass."""
+        self.backbone.eval()
+        parts = defaultdict(list)
+        size = self.args.per_device_train_batch_size
+        for begin in range(0, len(rollouts), size):
+            some = rollouts[begin : begin + size]
+            batch = self.batch(some)
+            lengths = [len(rollout.draw.ids) for rollout in some]
+            parts["logps"] += self.backbone.logps(batch)[0].split(lengths)
+            parts["reference_logps"] += self.backbone.reference_logps(batch).split(lengths)
+            if VALUE in self.trained:
+                parts["values"] += self.backbone.values(batch).split(lengths)
+        padded = {
+            name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True) for name, values in parts.items()
+        }
+        lengths = torch.tensor([len(rollout.draw.ids) for rollout in rollouts], device=self.device)
+        mask = (torch.arange(padded["logps"].shape[1], device=self.device) < lengths[:, None]).float()
+        return Experience(mask, padded["logps"], padded["reference_logps"], padded.get("values"))
+
+    def batch(self, rollouts: Sequence[Rollout]) -> dict:
+        """Return the flat batch of some answers with their prompts."""
+        return on_device(self.collate([rollout.example for rollout in rollouts]), self.device)
+
+    # ---- passes --------------------------------------------------------------------------------------------
+
+    def passes(
+        self, step: int, places: list[int], rollouts: list[Rollout], experience: Experience
+    ) -> dict[str, float]:
+        """Make passes of clipped updates over the answers, until the policy is far from what drew them."""
+        start, sums, minibatches, tokens = time.perf_counter(), defaultdict(float), 0, 0
+        mine = {place: row for row, place in enumerate(places)}
+        size = self.num_rollouts // self.options.num_mini_batches
+        self.backbone.train()
+        for turn in range(self.options.num_ppo_epochs):
+            generator = torch.Generator().manual_seed(self.seed(step, -1 - turn))
+            order = torch.randperm(self.num_rollouts, generator=generator).split(size)
+            for chosen in order:
+                rows = [mine[place] for place in chosen.tolist() if place in mine]
+                means = self.minibatch(rows, rollouts, experience)
+                tokens += sum(len(rollouts[row].example["input_ids"]) for row in rows)
+                minibatches += 1
+                for name, value in means.items():
+                    sums[name] += value
+                if means["update_kl"] > self.options.early_stop_kl:
+                    break
+            else:
+                continue
+            break
+        self.backbone.eval()
+        seconds = time.perf_counter() - start
+        metrics = {name: value / minibatches for name, value in sums.items()}
+        drawn, trained = self.sum_of([sum(len(r.draw.ids) for r in rollouts), tokens])
+        return (
+            metrics
+            | self.explained(experience)
+            | {
+                "minibatches": minibatches,
+                "tokens_per_second_rollout": drawn / self.rollout_seconds,
+                "tokens_per_second_update": trained / seconds,
+            }
+        )
+
+    def minibatch(self, rows: list[int], rollouts: list[Rollout], experience: Experience) -> dict[str, float]:
+        """Take one step on some answers, or none where the policy went too far; return means over tokens."""
+        size = self.args.per_device_train_batch_size
+        (count,) = self.sum_of([experience.mask[rows].sum().item()])
+        sums = defaultdict(float)
+        losses = {POLICY: self.policy_loss, VALUE: self.value_loss}
+        batches = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+        for part in batches:
+            batch = self.batch([rollouts[row] for row in part])
+            for name in self.trained:
+                found = losses[name](experience, part, batch)
+                (found.pop("loss") / count).backward()
+                for key, value in found.items():
+                    sums[key] += value.item()
+        keys = sorted(sums) if sums else []
+        keys = self.agreed(keys)
+        totals = dict(zip(keys, self.sum_of([sums[key] for key in keys]), strict=True))
+        means = {key: value / count for key, value in totals.items()}
+        for name, optimizer in self.optimizers.items():
+            norm = self.clipped_gradient(name)
+            means[f"{'' if name == POLICY else 'value_'}grad_norm"] = norm
+            if means["update_kl"] <= self.options.early_stop_kl:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return means
+
+    def clipped_gradient(self, name: str) -> float:
+        """Add a part's gradient up over ranks, clip it, and return its norm.
+
+        Raises:
+            RunError: it is not finite.
+        """
+        parameters = self.backbone.parameters_of(name)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if self.args.world_size > 1:
+                torch.distributed.all_reduce(parameter.grad)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm or math.inf).item()
+        if not math.isfinite(norm):
+            raise RunError(
+                f"update {self.state.global_step + 1}: the gradient of {name} is not finite; nothing was "
+                "changed by this step; lower --learning_rate"
+            )
+        return norm
+
+    def explained(self, experience: Experience) -> dict[str, float]:
+        """Return 1 − Var(return − value) / Var(return) over tokens, where there is a value function."""
+        if experience.returns is None:
+            return {}
+        mask = experience.mask
+        rest, whole = (
+            self.moments(x, mask)[1] for x in (experience.returns - experience.values, experience.returns)
+        )
+        return {"explained_variance": 1 - rest / whole if whole > 0 else 0.0}
+
+    # ---- means over all ranks ------------------------------------------------------------------------------
+
+    def sum_of(self, values: Sequence[float]) -> list[float]:
+        """Add numbers up over ranks."""
+        if self.args.world_size == 1:
+            return [float(value) for value in values]
+        total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.tolist()
+
+    def agreed(self, keys: list[str]) -> list[str]:
+        """Return the names of metrics on every rank, also on one that had no answer."""
+        if self.args.world_size == 1:
+            return keys
+        every = [None] * self.args.world_size
+        torch.distributed.all_gather_object(every, keys)
+        return max(every, key=len)
+
+    def mean_of(self, values: torch.Tensor) -> float:
+        """Return the mean over the answers of all ranks."""
+        total, count = self.sum_of([values.sum().item(), len(values)])
+        return total / count
+
+    def std_of(self, values: torch.Tensor) -> float:
+        """Return the standard deviation over the answers of all ranks."""
+        return self.moments(values, torch.ones_like(values))[1] ** 0.5
+
+    def moments(self, values: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
+        """Return mean and variance over the tokens of all ranks."""
+        total, count = self.sum_of([(values * mask).sum().item(), mask.sum().item()])
+        mean = total / count
+        (squares,) = self.sum_of([((values - mean) ** 2 * mask).sum().item()])
+        return mean, squares / count
+
+    def whiten(self, values: torch.Tensor, mask: torch.Tensor, *, keep_mean: bool = False) -> torch.Tensor:
+        """Scale the tokens of all ranks to unit variance and, unless it is kept, mean zero, (R, T)."""
+        mean, variance = self.moments(values, mask)
+        scaled = (values - mean) / (variance + 1e-8) ** 0.5
+        return (scaled + mean if keep_mean else scaled) * mask
+
+    def everyones(self, values: torch.Tensor, places: list[int]) -> torch.Tensor:
+        """Return the values of all answers of an update in order, (num_rollouts,)."""
+        every = torch.zeros(self.num_rollouts, device=self.device)
+        every[places] = values
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(every)
+        return every
+
+    # ---- held-out prompts ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def answer_held_out(
+        self, prompts: Sequence[Question], adapter: str | None
+    ) -> tuple[list[Rollout], torch.Tensor]:
+        """Answer prompts with the policy or (None) the reference, with the same random numbers every time."""
+        self.backbone.eval()
+        seeds = [self.seed(EVALUATION, place) for place in range(len(prompts))]
+        with self.backbone.using(adapter):
+            rollouts = self.answer(prompts, seeds)
+        return rollouts, self.scores(rollouts)
+
+    def show_samples(self) -> None:
+        """Log a table of the same held-out prompts, answered by the reference and now, every few updates."""
+        step, some = self.state.global_step, self.held_out[: self.options.num_sample_prompts]
+        due = step % self.options.sample_steps == 0 or step == self.state.max_steps
+        if not (some and due and is_main_rank()):
+            return
+        if self.before is None:
+            rollouts, scores = self.answer_held_out(some, None)
+            self.before = [(r.text, s) for r, s in zip(rollouts, scores.tolist(), strict=True)]
+        rollouts, scores = self.answer_held_out(some, POLICY)
+        rows = [
+            {
+                "step": step,
+                "prompt": rollout.prompt.chat.messages[-1].content,
+                "before": before,
+                "score_before": score_before,
+                "now": rollout.text,
+                "score": score,
+            }
+            for rollout, score, (before, score_before) in zip(
+                rollouts, scores.tolist(), self.before, strict=True
+            )
+        ]
+        for row in rows:
+            logger.info(
+                "sample step=%d prompt: %s\n  before (%.3g): %s\n  now    (%.3g): %s",
+                step,
+                one_line(row["prompt"]),
+                row["score_before"],
+                one_line(row["before"]),
+                row["score"],
+                one_line(row["now"]),
+            )
+        logs = Path(self.args.output_dir) / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        with open(logs / "samples.jsonl", "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+    def evaluate(self) -> dict[str, float]:
+        """Return what the policy's answers to held-out prompts score, beside the reference's."""
+        if not self.held_out:
+            return {}
+        mine = self.held_out[self.args.process_index :: self.args.world_size]
+        metrics = {}
+        for name, adapter in (("_before", None), ("", POLICY)):
+            rollouts, scores = self.answer_held_out(mine, adapter)
+            metrics |= {
+                f"eval_score{name}": self.mean_of(scores),
+                f"eval_score_std{name}": self.std_of(scores),
+                f"eval_response_length{name}": self.mean_of(
+                    torch.tensor([float(len(r.draw.ids)) for r in rollouts])
+                ),
+                f"eval_ended{name}": self.mean_of(torch.tensor([float(r.draw.ended) for r in rollouts])),
+            }
+        experience = self.evaluate_answers(rollouts)
+        log_ratios = (experience.logps - experience.reference_logps) * experience.mask
+        metrics["eval_kl"] = self.mean_of(log_ratios.sum(1))
+        self.log(metrics)
+        return metrics
+
+    # ---- files ---------------------------------------------------------------------------------------------
+
+    def save_model(self, directory: str, **_: object) -> None:
+        """Write the policy's adapter."""
+        self.backbone.save_policy(Path(directory))
+
+    def save_checkpoint(self) -> None:
+        """Write everything that the next update depends on."""
+        output_dir, step = Path(self.args.output_dir), self.state.global_step
+        with whole_checkpoint(
+            output_dir, step, keep=self.args.save_total_limit, is_main=is_main_rank(), wait=wait_for_ranks
+        ) as saving:
+            directory = saving / f"checkpoint-{step}"
+            if is_main_rank():
+                self.backbone.save(directory, with_value=VALUE in self.trained)
+                states = {
+                    name: {"optimizer": optimizer.state_dict(), "schedule": self.schedules[name].state_dict()}
+                    for name, optimizer in self.optimizers.items()
+                }
+                torch.save(states, directory / "optimizer.pt")
+                write_json(directory / "progress.json", {"kl_coef": self.kl_coef})
+                self.state.save_to_json(str(directory / "trainer_state.json"))
+                RunRecord(directory, self.record.content).save()
+            torch.save(random_states(), directory / f"random_{self.args.process_index}.pt")
+        logger.info("saved checkpoint=%s", output_dir / f"checkpoint-{step}")
+
+    def load_checkpoint(self, directory: Path) -> None:
+        """Go on from a checkpoint."""
+        self.backbone.load(directory, with_value=VALUE in self.trained)
+        states = torch.load(directory / "optimizer.pt", weights_only=True, map_location=self.device)
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(states[name]["optimizer"])
+            self.schedules[name].load_state_dict(states[name]["schedule"])
+        self.kl_coef = json.loads((directory / "progress.json").read_text(encoding="utf-8"))["kl_coef"]
+        saved = TrainerState.load_from_json(str(directory / "trainer_state.json"))
+        self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
+        self.state.log_history = saved.log_history
+        set_random_states(torch.load(directory / f"random_{self.args.process_index}.pt", weights_only=False))
+
+
+def random_states() -> dict[str, Any]:
+    """Return the state of every random generator; a reward function may use one."""
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the random generators where they were."""
+    torch.set_rng_state(states["torch"])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Return a text on one line, in at most `limit` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"

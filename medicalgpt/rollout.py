@@ -1,0 +1,127 @@
+"""Sampled answers: batches of like length, a KV cache, and a random stream per prompt.
+
+Every answer is drawn with random numbers of its own, so that it depends neither on the batch it was drawn in
+nor on the number of ranks (but for the rounding of padded attention).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from medicalgpt.engine import FlatLM
+from medicalgpt.probe import own_attention
+
+import torch
+from transformers import DynamicCache
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A sampled answer.
+
+    Attributes:
+        ids: its tokens, the stop token included where there is one.
+        ended: whether the model ended it.
+    """
+
+    ids: list[int]
+    ended: bool
+
+
+class Sampler:
+    """Draws answers from a language model.
+
+    Args:
+        stop_ids: tokens that end an answer.
+        temperature: divides the logits; 0: the likeliest token every time.
+        batch_size: prompts that are answered together.
+    """
+
+    def __init__(
+        self,
+        model: FlatLM,
+        *,
+        stop_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        batch_size: int,
+    ):
+        self.model = model
+        self.stop_ids = torch.tensor(list(stop_ids), device=model.lm.device)
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        self.batch_size = batch_size
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Draw]:
+        """Return an answer per prompt.
+
+        Args:
+            prompts: ids up to where the answer begins.
+            seeds: of the random numbers of each answer.
+        """
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        draws: dict[int, Draw] = {}
+        was_training, bare_lm = self.model.training, self.model.bare_lm
+        used = bare_lm.config._attn_implementation
+        self.model.eval()
+        bare_lm.set_attn_implementation(own_attention(bare_lm))
+        try:
+            with self.model.autocast(self.stop_ids.device):
+                for begin in range(0, len(order), self.batch_size):
+                    places = order[begin : begin + self.batch_size]
+                    found = self.answer([prompts[i] for i in places], [seeds[i] for i in places])
+                    draws |= zip(places, found, strict=True)
+        finally:
+            bare_lm.set_attn_implementation(used)
+            self.model.train(was_training)
+        return [draws[i] for i in range(len(prompts))]
+
+    def answer(self, prompts: list[list[int]], seeds: list[int]) -> list[Draw]:
+        """Answer one batch; rows leave it as they end."""
+        device, width = self.stop_ids.device, max(map(len, prompts))
+        pads = [width - len(prompt) for prompt in prompts]
+        ids = torch.tensor([[0] * p + prompt for p, prompt in zip(pads, prompts, strict=True)], device=device)
+        mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads], device=device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        answers: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+        rows = list(range(len(prompts)))  # the prompts that are still being answered
+        cache = DynamicCache(config=self.model.bare_lm.config)
+        for step in range(self.max_new_tokens):
+            output = self.model.lm(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            uniform = torch.stack([torch.rand((), generator=generators[row]) for row in rows])
+            tokens = self.choose(output.logits[:, -1].float(), uniform.to(device))
+            stopped = torch.isin(tokens, self.stop_ids).tolist()
+            for row, token, stop in zip(rows, tokens.tolist(), stopped, strict=True):
+                answers[row].append(token)
+                ended[row] = stop
+            if step + 1 == self.max_new_tokens or all(stopped):
+                break
+            keep = torch.tensor([i for i, stop in enumerate(stopped) if not stop], device=device)
+            if len(keep) < len(rows):
+                rows = [rows[i] for i in keep.tolist()]
+                cache.batch_select_indices(keep)
+            ids, positions = tokens[keep, None], positions[keep, -1:] + 1
+            mask = torch.cat([mask[keep], torch.ones_like(ids)], dim=1)
+        return [Draw(answer, end) for answer, end in zip(answers, ended, strict=True)]
+
+    def choose(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+        """Draw one token per row: the first whose cumulative probability exceeds the row's number, (B,).
+
+        Args:
+            logits: (B, V) fp32. uniform: numbers in [0, 1), (B,).
+        """
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        cumulative = (logits / self.temperature).softmax(-1).double().cumsum(-1)  # (B, V)
+        wanted = uniform.double() * cumulative[:, -1]
+        return torch.searchsorted(cumulative, wanted[:, None], right=True)[:, 0].clamp(
+            max=logits.shape[-1] - 1
+        )
