@@ -29,8 +29,9 @@ from medicalgpt.errors import run_script
 from medicalgpt.flags import require, require_positive
 from medicalgpt.kinds import parse_question
 from medicalgpt.model_files import resolve_model_dir
-from medicalgpt.rewards import FunctionScorer, reward_identity, shares_base
-from medicalgpt.rl_trainer import Experience, RLTrainer, encode_prompts, make_scorer, report_prompts
+from medicalgpt.questions import encode_questions, report_questions
+from medicalgpt.rewards import FunctionScorer, make_scorer, reward_identity, shares_base
+from medicalgpt.rl_trainer import Experience, RLTrainer
 from medicalgpt.stage import build_model, chat_encoder, open_run, run_training
 
 import torch
@@ -248,30 +249,32 @@ class PPOTrainer(RLTrainer):
         rewards = token_rewards(scored, log_ratios, experience.mask, self.kl_coef)
         totals = rewards.sum(1)
         if options.whiten_rewards:
-            rewards = self.whiten(rewards, experience.mask, keep_mean=True)
+            rewards = self.means.whiten(rewards, experience.mask, keep_mean=True)
         # 5. Advantages: GAE, or against the other answers to the prompt
         if options.algorithm == "ppo":
             advantages, experience.returns = advantages_and_returns(
                 rewards, experience.values, experience.mask, options.gamma, options.lam
             )
         else:
-            every = self.everyones(rewards.sum(1), places)
-            advantages = leave_one_out(every, options.num_generations)[places][:, None] * experience.mask
+            every = torch.zeros(self.num_rollouts, device=self.device)
+            every[places] = rewards.sum(1)
+            every = leave_one_out(self.means.add_up(every), options.num_generations)
+            advantages = every[places][:, None] * experience.mask
         # 6. Whitened over the whole batch
-        experience.advantages = self.whiten(advantages, experience.mask)
+        experience.advantages = self.means.whiten(advantages, experience.mask)
         # 7. Passes of clipped updates
         metrics = self.passes(step, places, rollouts, experience)
         # 8. The penalty follows the distance from the reference
         kls = log_ratios.sum(1)
-        kl = self.mean_of(kls)
+        kl = self.means.mean(kls)
         metrics |= {
-            "score": self.mean_of(scores),
-            "score_std": self.std_of(scores),
+            "score": self.means.mean(scores),
+            "score_std": self.means.std(scores),
             "kl": kl,
             "kl_coef": self.kl_coef,
-            "reward": self.mean_of(totals),
-            "response_length": self.mean_of(experience.mask.sum(1)),
-            "ended": self.mean_of(ended.float()),
+            "reward": self.means.mean(totals),
+            "response_length": self.means.mean(experience.mask.sum(1)),
+            "ended": self.means.mean(ended.float()),
         }
         if options.target_kl > 0:
             self.kl_coef = adapted_kl_coef(
@@ -337,9 +340,9 @@ def main(argv: list[str]) -> None:
 
     # 4. Prompts → ids
     encoder = chat_encoder(flags, base)
-    prompts = encode_prompts(encoder, data.train, data.log)
-    held_out = encode_prompts(encoder, data.validation, data.log)
-    report_prompts(prompts, held_out, data, base.tokenizer)
+    prompts = encode_questions(encoder, data.train, data.log)
+    held_out = encode_questions(encoder, data.validation, data.log)
+    report_questions(prompts, held_out, data, base.tokenizer)
 
     # 5. One base, with adapters for policy, value function and reward
     longest = encoder.max_source_length + options.max_completion_length

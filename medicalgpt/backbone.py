@@ -229,3 +229,13 @@ class Backbone(nn.Module):
         }
         self.value_head.load_state_dict(head)
         self.put(VALUE, value, directory)
+
+
+def switch_off_dropout(model: torch.nn.Module) -> None:
+    """Let training mode compute as evaluation does: old and new log-probabilities must be comparable."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_pdrop"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)

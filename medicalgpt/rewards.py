@@ -8,47 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from medicalgpt.arguments import StageFlags
 from medicalgpt.backbone import Backbone
 from medicalgpt.checkpoint import fingerprint, sha256
 from medicalgpt.collator import FlatCollator
 from medicalgpt.errors import ConfigError, ModelError, RunError, first_line
-from medicalgpt.records import Chat, Message, Pair
-from medicalgpt.rollout import Draw
+from medicalgpt.questions import Rollout
+from medicalgpt.records import Message, Pair
 from medicalgpt.run_record import check_base, recorded_template
-from medicalgpt.scoring import Judge, check_is_reward_model
-from medicalgpt.tokenization import IGNORE_INDEX, tokens
+from medicalgpt.scoring import Judge, check_is_reward_model, load_judge
 
-import numpy as np
 import torch
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is to be answered: a conversation that ends with a question, and its ids."""
-
-    chat: Chat
-    ids: list[int]
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """A prompt with an answer that was drawn for it.
-
-    Attributes:
-        text: the answer without its stop token.
-    """
-
-    prompt: Question
-    draw: Draw
-    text: str
-
-    @property
-    def example(self) -> dict:
-        """The prompt and the answer as a collator takes them; only the answer's tokens are trained."""
-        ids = tokens([*self.prompt.ids, *self.draw.ids])
-        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
-        labels[len(self.prompt.ids) :] = self.draw.ids
-        return {"input_ids": ids, "labels": labels, "lengths": [len(ids)]}
 
 
 class Scorer(Protocol):
@@ -155,6 +125,19 @@ class FunctionScorer:
                 "response, messages, response_ids, ended"
             )
         return cls(function)
+
+
+def make_scorer(
+    backbone: Backbone, reward_dir: Path | None, function: FunctionScorer | None, flags: StageFlags
+) -> Scorer:
+    """Return what scores answers: a function, a reward model of its own, or the backbone's reward adapter."""
+    batch_size = flags.run.per_device_eval_batch_size
+    if function is not None:
+        return function
+    if reward_dir is None:
+        return AdapterScorer(backbone, batch_size)
+    judge = load_judge(Path(reward_dir), None, max_length=flags.chat.model_max_length)
+    return JudgeScorer(judge, batch_size)
 
 
 def on_device(batch: dict, device: torch.device) -> dict:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import math
-import random
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,113 +15,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medicalgpt.arguments import StageArguments, StageFlags
-from medicalgpt.backbone import POLICY, VALUE, Backbone
+from medicalgpt.arguments import StageArguments
+from medicalgpt.backbone import POLICY, VALUE, Backbone, switch_off_dropout
 from medicalgpt.base import Base
 from medicalgpt.callbacks import ProgressBar, StopOnSignal
 from medicalgpt.checkpoint import whole_checkpoint, write_json
 from medicalgpt.collator import FlatCollator
-from medicalgpt.dataset import Data
-from medicalgpt.errors import ConfigError, DataError, RunError, is_main_rank
-from medicalgpt.records import Chat
-from medicalgpt.rewards import (
-    AdapterScorer,
-    FunctionScorer,
-    JudgeScorer,
-    Question,
-    Rollout,
-    Scorer,
-    check_scores,
-    on_device,
-)
+from medicalgpt.errors import ConfigError, RunError, is_main_rank
+from medicalgpt.questions import Question, Rollout
+from medicalgpt.random_states import random_states, set_random_states
+from medicalgpt.rank_means import RankMeans
+from medicalgpt.rewards import Scorer, check_scores, on_device
 from medicalgpt.rollout import Sampler
-from medicalgpt.row_log import RowLog
 from medicalgpt.run_record import RunRecord
-from medicalgpt.scoring import load_judge
+from medicalgpt.samples import SampleTable, answer_metrics
 from medicalgpt.stage import wait_for_ranks
-from medicalgpt.tokenization import ChatEncoder
 from medicalgpt.trainer import begun
 
-import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, get_scheduler
+from transformers import TrainerControl, TrainerState, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 logger = logging.getLogger("medicalgpt")
 
 EVALUATION = -1  # in place of an update's number, for the random numbers of evaluations
-
-
-# ---- before the loop ---------------------------------------------------------------------------------------
-
-
-def encode_prompts(encoder: ChatEncoder, records: Sequence[Chat], log: RowLog) -> list[Question]:
-    """Return the prompts that fit --max_source_length, the oldest turns left out where they must be."""
-    encoder.set_room(encoder.max_source_length)
-    prompts = []
-    for record in records:
-        ids, dropped = encoder.encode_prompt(record.messages, record.tools)
-        if ids is None:
-            log.add("question_too_long", record.origin)
-            continue
-        if dropped:
-            log.add("oldest_turns_dropped", record.origin)
-        prompts.append(Question(record, ids))
-    return prompts
-
-
-def report_prompts(
-    prompts: Sequence[Question], held_out: Sequence[Question], data: Data, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Log what was read and the first prompt.
-
-    Raises:
-        DataError: no prompt is left.
-    """
-    for line in data.log.lines():
-        logger.info("rows %s", line)
-    if not prompts:
-        raise DataError(
-            f"no prompt is left of {len(data.train)} rows ({'; '.join(data.log.lines())}); raise "
-            "--max_source_length"
-        )
-    lengths = [len(prompt.ids) for prompt in prompts]
-    logger.info(
-        "rows_read=%d prompts=%d held_out_prompts=%d mean_prompt_tokens=%.0f longest_prompt_tokens=%d",
-        data.num_read,
-        len(prompts),
-        len(held_out),
-        sum(lengths) / len(lengths),
-        max(lengths),
-    )
-    logger.info("first prompt:\n%s", tokenizer.decode(prompts[0].ids)[:1500])
-
-
-def make_scorer(
-    backbone: Backbone, reward_dir: Path | None, function: FunctionScorer | None, flags: StageFlags
-) -> Scorer:
-    """Return what scores answers: a function, a reward model of its own, or the backbone's reward adapter."""
-    batch_size = flags.run.per_device_eval_batch_size
-    if function is not None:
-        return function
-    if reward_dir is None:
-        return AdapterScorer(backbone, batch_size)
-    judge = load_judge(Path(reward_dir), None, max_length=flags.chat.model_max_length)
-    return JudgeScorer(judge, batch_size)
-
-
-def switch_off_dropout(model: torch.nn.Module) -> None:
-    """Let training mode compute as evaluation does: old and new log-probabilities must be comparable."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "attn_pdrop"):
-            if isinstance(vars(module).get(name), float):
-                setattr(module, name, 0.0)
-
-
-# ---- the loop ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -167,6 +84,7 @@ class RLTrainer:
         self.record, self.tokenizer = record, base.tokenizer
         self.prompts, self.held_out = prompts, held_out
         self.device, self.kl_coef = args.device, options.kl_coef
+        self.means = RankMeans(args.world_size, args.device)
         self.collate = FlatCollator(padded=backbone.model.padded)
         self.num_rollouts = (
             args.per_device_train_batch_size
@@ -226,7 +144,9 @@ class RLTrainer:
         self.callbacks = CallbackHandler(
             [DefaultFlowCallback(), *callbacks], backbone.model, base.tokenizer, None, None
         )
-        self.before: list[tuple[str, float]] | None = None
+        self.samples = SampleTable(
+            options.sample_steps, held_out[: options.num_sample_prompts], Path(args.output_dir)
+        )
 
     @property
     def model(self):
@@ -252,7 +172,7 @@ class RLTrainer:
             self.load_checkpoint(Path(checkpoint))
         self.control = self.callbacks.on_train_begin(args, state, self.control)
         while state.global_step < state.max_steps and not self.stop.stopped:
-            self.show_samples()
+            self.samples.show(state.global_step, state.max_steps, self.answer_held_out)
             rates = {name: schedule.get_last_lr()[0] for name, schedule in self.schedules.items()}
             metrics = self.update(state.global_step)
             state.global_step += 1
@@ -263,7 +183,7 @@ class RLTrainer:
             self.control = self.callbacks.on_step_end(args, state, self.control)
             if self.control.should_save:
                 self.save_checkpoint()
-        self.show_samples()
+        self.samples.show(state.global_step, state.max_steps, self.answer_held_out)
         self.control = self.callbacks.on_train_end(args, state, self.control)
         return {"train_steps": state.global_step, "train_runtime": time.perf_counter() - start}
 
@@ -366,7 +286,7 @@ class RLTrainer:
         self.backbone.eval()
         seconds = time.perf_counter() - start
         metrics = {name: value / minibatches for name, value in sums.items()}
-        drawn, trained = self.sum_of([sum(len(r.draw.ids) for r in rollouts), tokens])
+        drawn, trained = self.means.sums([sum(len(r.draw.ids) for r in rollouts), tokens])
         return (
             metrics
             | self.explained(experience)
@@ -380,7 +300,7 @@ class RLTrainer:
     def minibatch(self, rows: list[int], rollouts: list[Rollout], experience: Experience) -> dict[str, float]:
         """Take one step on some answers, or none where the policy went too far; return means over tokens."""
         size = self.args.per_device_train_batch_size
-        (count,) = self.sum_of([experience.mask[rows].sum().item()])
+        (count,) = self.means.sums([experience.mask[rows].sum().item()])
         sums = defaultdict(float)
         losses = {POLICY: self.policy_loss, VALUE: self.value_loss}
         batches = [rows[begin : begin + size] for begin in range(0, len(rows), size)]
@@ -392,8 +312,8 @@ class RLTrainer:
                 for key, value in found.items():
                     sums[key] += value.item()
         keys = sorted(sums) if sums else []
-        keys = self.agreed(keys)
-        totals = dict(zip(keys, self.sum_of([sums[key] for key in keys]), strict=True))
+        keys = self.means.names(keys)
+        totals = dict(zip(keys, self.means.sums([sums[key] for key in keys]), strict=True))
         means = {key: value / count for key, value in totals.items()}
         for name, optimizer in self.optimizers.items():
             norm = self.clipped_gradient(name)
@@ -413,8 +333,7 @@ class RLTrainer:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if self.args.world_size > 1:
-                torch.distributed.all_reduce(parameter.grad)
+            self.means.add_up(parameter.grad)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm or math.inf).item()
         if not math.isfinite(norm):
             raise RunError(
@@ -429,57 +348,10 @@ class RLTrainer:
             return {}
         mask = experience.mask
         rest, whole = (
-            self.moments(x, mask)[1] for x in (experience.returns - experience.values, experience.returns)
+            self.means.moments(x, mask)[1]
+            for x in (experience.returns - experience.values, experience.returns)
         )
         return {"explained_variance": 1 - rest / whole if whole > 0 else 0.0}
-
-    # ---- means over all ranks ------------------------------------------------------------------------------
-
-    def sum_of(self, values: Sequence[float]) -> list[float]:
-        """Add numbers up over ranks."""
-        if self.args.world_size == 1:
-            return [float(value) for value in values]
-        total = torch.tensor(list(values), dtype=torch.float64, device=self.device)
-        torch.distributed.all_reduce(total)
-        return total.tolist()
-
-    def agreed(self, keys: list[str]) -> list[str]:
-        """Return the names of metrics on every rank, also on one that had no answer."""
-        if self.args.world_size == 1:
-            return keys
-        every = [None] * self.args.world_size
-        torch.distributed.all_gather_object(every, keys)
-        return max(every, key=len)
-
-    def mean_of(self, values: torch.Tensor) -> float:
-        """Return the mean over the answers of all ranks."""
-        total, count = self.sum_of([values.sum().item(), len(values)])
-        return total / count
-
-    def std_of(self, values: torch.Tensor) -> float:
-        """Return the standard deviation over the answers of all ranks."""
-        return self.moments(values, torch.ones_like(values))[1] ** 0.5
-
-    def moments(self, values: torch.Tensor, mask: torch.Tensor) -> tuple[float, float]:
-        """Return mean and variance over the tokens of all ranks."""
-        total, count = self.sum_of([(values * mask).sum().item(), mask.sum().item()])
-        mean = total / count
-        (squares,) = self.sum_of([((values - mean) ** 2 * mask).sum().item()])
-        return mean, squares / count
-
-    def whiten(self, values: torch.Tensor, mask: torch.Tensor, *, keep_mean: bool = False) -> torch.Tensor:
-        """Scale the tokens of all ranks to unit variance and, unless it is kept, mean zero, (R, T)."""
-        mean, variance = self.moments(values, mask)
-        scaled = (values - mean) / (variance + 1e-8) ** 0.5
-        return (scaled + mean if keep_mean else scaled) * mask
-
-    def everyones(self, values: torch.Tensor, places: list[int]) -> torch.Tensor:
-        """Return the values of all answers of an update in order, (num_rollouts,)."""
-        every = torch.zeros(self.num_rollouts, device=self.device)
-        every[places] = values
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(every)
-        return every
 
     # ---- held-out prompts ----------------------------------------------------------------------------------
 
@@ -494,63 +366,21 @@ class RLTrainer:
             rollouts = self.answer(prompts, seeds)
         return rollouts, self.scores(rollouts)
 
-    def show_samples(self) -> None:
-        """Log a table of the same held-out prompts, answered by the reference and now, every few updates."""
-        step, some = self.state.global_step, self.held_out[: self.options.num_sample_prompts]
-        due = step % self.options.sample_steps == 0 or step == self.state.max_steps
-        if not (some and due and is_main_rank()):
-            return
-        if self.before is None:
-            rollouts, scores = self.answer_held_out(some, None)
-            self.before = [(r.text, s) for r, s in zip(rollouts, scores.tolist(), strict=True)]
-        rollouts, scores = self.answer_held_out(some, POLICY)
-        rows = [
-            {
-                "step": step,
-                "prompt": rollout.prompt.chat.messages[-1].content,
-                "before": before,
-                "score_before": score_before,
-                "now": rollout.text,
-                "score": score,
-            }
-            for rollout, score, (before, score_before) in zip(
-                rollouts, scores.tolist(), self.before, strict=True
-            )
-        ]
-        for row in rows:
-            logger.info(
-                "sample step=%d prompt: %s\n  before (%.3g): %s\n  now    (%.3g): %s",
-                step,
-                one_line(row["prompt"]),
-                row["score_before"],
-                one_line(row["before"]),
-                row["score"],
-                one_line(row["now"]),
-            )
-        logs = Path(self.args.output_dir) / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        with open(logs / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
     def evaluate(self) -> dict[str, float]:
-        """Return what the policy's answers to held-out prompts score, beside the reference's."""
+        """Return what answers to held-out prompts score, of the reference (…_before) and of the policy.
+
+        Each rank answers its own prompts.
+        """
         if not self.held_out:
             return {}
-        mine = self.held_out[self.args.process_index :: self.args.world_size]
-        metrics = {}
+        mine, metrics = self.held_out[self.args.process_index :: self.args.world_size], {}
         for name, adapter in (("_before", None), ("", POLICY)):
             rollouts, scores = self.answer_held_out(mine, adapter)
-            metrics |= {
-                f"eval_score{name}": self.mean_of(scores),
-                f"eval_score_std{name}": self.std_of(scores),
-                f"eval_response_length{name}": self.mean_of(
-                    torch.tensor([float(len(r.draw.ids)) for r in rollouts])
-                ),
-                f"eval_ended{name}": self.mean_of(torch.tensor([float(r.draw.ended) for r in rollouts])),
-            }
+            found = answer_metrics(rollouts, scores, self.means)
+            metrics |= {f"eval_{key}{name}": value for key, value in found.items()}
         experience = self.evaluate_answers(rollouts)
         log_ratios = (experience.logps - experience.reference_logps) * experience.mask
-        metrics["eval_kl"] = self.mean_of(log_ratios.sum(1))
+        metrics["eval_kl"] = self.means.mean(log_ratios.sum(1))
         self.log(metrics)
         return metrics
 
@@ -592,21 +422,3 @@ class RLTrainer:
         self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
         self.state.log_history = saved.log_history
         set_random_states(torch.load(directory / f"random_{self.args.process_index}.pt", weights_only=False))
-
-
-def random_states() -> dict[str, Any]:
-    """Return the state of every random generator; a reward function may use one."""
-    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Put the random generators where they were."""
-    torch.set_rng_state(states["torch"])
-    np.random.set_state(states["numpy"])
-    random.setstate(states["python"])
-
-
-def one_line(text: str, limit: int = 300) -> str:
-    """Return a text on one line, in at most `limit` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -7,7 +7,6 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import merge_peft_adapter
 import ppo_training
@@ -19,8 +18,8 @@ from medicalgpt.callbacks import ProgressBar
 from medicalgpt.collator import FlatCollator
 from medicalgpt.engine import FlatLM
 from medicalgpt.errors import ConfigError, DataError, ModelError, RunError, StoppedError
+from medicalgpt.rank_means import RankMeans
 from medicalgpt.rewards import FunctionScorer
-from medicalgpt.rl_trainer import RLTrainer
 from medicalgpt.rollout import Sampler
 from medicalgpt.scoring import load_judge
 from medicalgpt.tokenization import tokens
@@ -104,13 +103,12 @@ def test_the_penalty_follows_the_distance_in_small_steps():
 
 def test_whitening_sees_tokens_only():
     """1, 3 and 5 have mean 3 and variance 8/3; what stands behind an answer's end stays zero."""
-    trainer = object.__new__(RLTrainer)
-    trainer.args, trainer.device = SimpleNamespace(world_size=1), "cpu"
+    means = RankMeans(1, "cpu")
     values, mask = torch.tensor([[1.0, 3.0], [5.0, 99.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
     scale = math.sqrt(8 / 3)
-    found = trainer.whiten(values, mask)
+    found = means.whiten(values, mask)
     assert torch.allclose(found, torch.tensor([[-2 / scale, 0.0], [2 / scale, 0.0]]), atol=1e-6)
-    kept = trainer.whiten(values, mask, keep_mean=True)
+    kept = means.whiten(values, mask, keep_mean=True)
     assert torch.allclose(kept, torch.tensor([[3 - 2 / scale, 3.0], [3 + 2 / scale, 0.0]]), atol=1e-6)
 
 
