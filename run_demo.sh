@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The whole chain on a fresh machine, without GPU or hub: PT → merge → SFT → merge → DPO → merge → before and after.
+# RLHF=1 bash run_demo.sh: … SFT → merge → RM → PPO → merge in place of DPO.
 #
 # Reads   the example data of this project, English by default
 # Writes  .venv, models/ (the demo model), demo/ (the guide's directory names); finished parts are skipped next time
@@ -13,6 +14,7 @@ source medicalgpt/environment.sh
 
 MODEL=${MODEL:-models/SmolLM2-135M-Instruct}
 DATA_LANGUAGE=${DATA_LANGUAGE:-en}
+RLHF=${RLHF:-0}
 case "$DATA_LANGUAGE" in
     en) files=(pretrain/medical_en.jsonl pretrain/en_article_tail500.txt finetune/medical_sft_en.jsonl reward/dpo_en.jsonl) ;;
     zh) files=(pretrain/medical_zh.jsonl pretrain/fever.txt finetune/medical_sft_1K_format.jsonl reward/dpo_zh_500.jsonl) ;;
@@ -60,18 +62,40 @@ bash run_sft.sh --model_name_or_path demo/merged-pt-qwen-v1 --train_file_dir "$d
 step "4/6 merge"
 merge demo/merged-pt-qwen-v1 demo/outputs-sft-qwen-v1 demo/merged-sft-qwen-v1
 
-step "5/6 DPO: the model learns which answer is better"
-bash run_dpo.sh --model_name_or_path demo/merged-sft-qwen-v1 --train_file_dir "$data/reward" \
-    --validation_file_dir "$(held_out reward)" --template_name "$TEMPLATE" --model_max_length 1024 \
-    --max_train_samples 120 --gradient_accumulation_steps 2 --num_train_epochs 1 --learning_rate 2e-4 --logging_steps 5 --eval_strategy no \
-    --output_dir demo/outputs-dpo-qwen-v1
+if [ "$RLHF" = 1 ]; then
+    final=demo/final-medgpt-ppo
+    step "5/7 RM: a model learns to score answers"
+    bash run_rm.sh --model_name_or_path demo/merged-sft-qwen-v1 --train_file_dir "$data/reward" \
+        --validation_file_dir "$(held_out reward)" --template_name "$TEMPLATE" --model_max_length 1024 \
+        --max_train_samples 200 --gradient_accumulation_steps 2 --num_train_epochs 1 --learning_rate 5e-4 --logging_steps 5 --eval_strategy no \
+        --output_dir demo/outputs-rm-qwen-v1
 
-step "6/6 merge"
-merge demo/merged-sft-qwen-v1 demo/outputs-dpo-qwen-v1 demo/final-medgpt-dpo
+    step "6/7 PPO: the model writes answers and learns from their scores"
+    bash run_ppo.sh --sft_model_path demo/merged-sft-qwen-v1 --reward_model_path demo/outputs-rm-qwen-v1 \
+        --train_file_dir "$data/finetune" --validation_file_dir "$(held_out finetune)" --template_name "$TEMPLATE" \
+        --max_source_length 256 --max_completion_length 96 --max_steps 20 --gradient_accumulation_steps 2 --num_ppo_epochs 2 \
+        --learning_rate 3e-4 --save_steps 10 --output_dir demo/outputs-ppo-qwen-v1
+
+    step "7/7 merge"
+    merge demo/merged-sft-qwen-v1 demo/outputs-ppo-qwen-v1 "$final"
+    report=(--rm_results demo/outputs-rm-qwen-v1/eval_results.json --ppo_results demo/outputs-ppo-qwen-v1/eval_results.json)
+    models=(PPO="$final")
+else
+    final=demo/final-medgpt-dpo
+    step "5/6 DPO: the model learns which answer is better"
+    bash run_dpo.sh --model_name_or_path demo/merged-sft-qwen-v1 --train_file_dir "$data/reward" \
+        --validation_file_dir "$(held_out reward)" --template_name "$TEMPLATE" --model_max_length 1024 \
+        --max_train_samples 120 --gradient_accumulation_steps 2 --num_train_epochs 1 --learning_rate 2e-4 --logging_steps 5 --eval_strategy no \
+        --output_dir demo/outputs-dpo-qwen-v1
+
+    step "6/6 merge"
+    merge demo/merged-sft-qwen-v1 demo/outputs-dpo-qwen-v1 "$final"
+    report=(--dpo_results demo/outputs-dpo-qwen-v1/eval_results.json)
+    models=(DPO="$final")
+fi
 
 step "What it has learned"
-python -m medicalgpt.demo_report --language "$DATA_LANGUAGE" --report demo/report.json \
-    --dpo_results demo/outputs-dpo-qwen-v1/eval_results.json --models "base=$MODEL" \
-    PT=demo/merged-pt-qwen-v1 SFT=demo/merged-sft-qwen-v1 DPO=demo/final-medgpt-dpo
+python -m medicalgpt.demo_report --language "$DATA_LANGUAGE" --report demo/report.json "${report[@]}" \
+    --models "base=$MODEL" PT=demo/merged-pt-qwen-v1 SFT=demo/merged-sft-qwen-v1 "${models[@]}"
 
-printf '\nTalk to it:   source .venv/bin/activate && python inference.py --base_model demo/final-medgpt-dpo --interactive\n'
+printf '\nTalk to it:   source .venv/bin/activate && python inference.py --base_model %s --interactive\n' "$final"

@@ -151,6 +151,46 @@ def table(figures: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def say_dpo(found: dict[str, float]) -> str:
+    """Return what DPO has learned, against its reference."""
+    return (
+        "\nDPO against its reference, the SFT model: the better answer gains more in "
+        f"{found['eval_accuracy']:.1%} of the pairs, reward margin {found['eval_margin']:.3f} (before: no "
+        "preference, 0)"
+    )
+
+
+def say_rm(found: dict[str, float]) -> str:
+    """Return what the reward model has learned."""
+    shares = [
+        f"{found[f'eval_accuracy_{name}']:.1%} where {what}"
+        for name, what in (
+            ("chosen_longer", "the better one is longer"),
+            ("rejected_longer", "the worse one is longer"),
+            ("alike", "both are of like length"),
+        )
+        if f"eval_accuracy_{name}" in found
+    ]
+    return (
+        f"\nReward model: the better answer has the higher score in {found['eval_accuracy']:.1%} of the "
+        f"pairs ({', '.join(shares)})"
+    )
+
+
+def say_ppo(found: dict[str, float]) -> str:
+    """Return what PPO has learned, against its reference."""
+    before, spread = found["eval_score_before"], found["eval_score_std_before"]
+    return (
+        f"\nPPO, answers to held-out prompts: mean score {before:.2f} → {found['eval_score']:.2f} (spread before "
+        f"{spread:.2f}), {found['eval_kl']:.1f} nats per answer from the SFT model, ended by "
+        f"themselves {found['eval_ended_before']:.0%} → {found['eval_ended']:.0%}, tokens "
+        f"{found['eval_response_length_before']:.0f} → {found['eval_response_length']:.0f}"
+    )
+
+
+RESULTS = {"dpo": say_dpo, "rm": say_rm, "ppo": say_ppo}
+
+
 def side_by_side(question: str, before: str, after: str, width: int = 58) -> str:
     """Return a question and two answers in two columns."""
     columns = [[line for part in text.splitlines() for line in textwrap.wrap(part, width) or [""]]
@@ -166,7 +206,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--models", nargs="+", required=True, metavar="NAME=DIR")
     parser.add_argument("--language", choices=QUESTIONS, default="en")
     parser.add_argument("--held_out", type=Path, default=Path("data/heldout"))
-    parser.add_argument("--dpo_results", type=Path, required=True, help="eval_results.json of the DPO run")
+    for stage in RESULTS:
+        parser.add_argument(f"--{stage}_results", type=Path, help=f"eval_results.json of the {stage} run")
     parser.add_argument("--report", type=Path, required=True)
     args = parser.parse_args(argv)
     models = {
@@ -187,14 +228,15 @@ def main(argv: list[str]) -> None:
 
 def show(args: argparse.Namespace, figures: dict[str, dict]) -> None:
     """Print the table and the answers."""
-    dpo = json.loads(args.dpo_results.read_text(encoding="utf-8"))
+    said = []
+    for stage, say in RESULTS.items():
+        if file := vars(args)[f"{stage}_results"]:
+            said.append(say(json.loads(file.read_text(encoding="utf-8"))))
     before, after = (list(figures.values())[i]["answers"] for i in (0, -1))
     lines = [
         f"\nHeld-out rows ({args.held_out}), none of whose diseases occurs in training:\n",
         table(figures),
-        "\nDPO against its reference, the SFT model: the better answer gains more in "
-        f"{dpo['eval_accuracy']:.1%} of "
-        f"the pairs, reward margin {dpo['eval_margin']:.3f} (before: no preference, 0)",
+        *said,
         *(side_by_side(*row) for row in zip(QUESTIONS[args.language], before, after, strict=True)),
     ]
     print("\n".join(lines))  # noqa: T201  (the tool's product)
