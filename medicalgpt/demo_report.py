@@ -181,8 +181,8 @@ def say_ppo(found: dict[str, float]) -> str:
     """Return what PPO has learned, against its reference."""
     before, spread = found["eval_score_before"], found["eval_score_std_before"]
     return (
-        f"\nPPO, answers to held-out prompts: mean score {before:.2f} → {found['eval_score']:.2f} (spread before "
-        f"{spread:.2f}), {found['eval_kl']:.1f} nats per answer from the SFT model, ended by "
+        f"\nPPO, answers to held-out prompts: mean score {before:.2f} → {found['eval_score']:.2f} (spread "
+        f"before {spread:.2f}), {found['eval_kl']:.1f} nats per answer from the SFT model, ended by "
         f"themselves {found['eval_ended_before']:.0%} → {found['eval_ended']:.0%}, tokens "
         f"{found['eval_response_length_before']:.0f} → {found['eval_response_length']:.0f}"
     )
