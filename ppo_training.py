@@ -32,7 +32,13 @@ from medicalgpt.model_files import resolve_model_dir
 from medicalgpt.questions import encode_questions, report_questions
 from medicalgpt.rewards import FunctionScorer, make_scorer, reward_identity, shares_base
 from medicalgpt.rl_trainer import Experience, RLTrainer
-from medicalgpt.stage import build_model, chat_encoder, open_run, run_training
+from medicalgpt.stage import (
+    build_model,
+    chat_encoder,
+    choose_activation_checkpointing,
+    open_run,
+    run_training,
+)
 
 import torch
 
@@ -346,12 +352,14 @@ def main(argv: list[str]) -> None:
 
     # 5. One base, with adapters for policy, value function and reward
     longest = encoder.max_source_length + options.max_completion_length
+    batch = flags.run.per_device_train_batch_size
     backbone = Backbone(build_model(flags, base, max_length=longest), temperature=options.temperature)
     if shared:
         backbone.add_reward(Path(reward_dir))
     if options.algorithm == "ppo":
         backbone.add_value()
     backbone.to(flags.run.device)
+    choose_activation_checkpointing(backbone.model, flags.run, [{"input_ids": range(longest)}] * batch)
 
     # 6. Train, evaluate, save
     trainer = PPOTrainer(
