@@ -59,8 +59,8 @@ def train(script: str, model: Path, data: Path, output: Path, *flags: str) -> Pa
     merged = output.with_name(output.name + "-merged")
     if not merged.is_dir():
         common = (
-            "--do_train --num_train_epochs 1 --learning_rate 5e-4 --gradient_accumulation_steps 1 --seed 42 "
-            "--bf16 --eval_strategy no --report_to none --logging_steps 20"
+            "--do_train --num_train_epochs 1 --per_device_train_batch_size 8 "
+            "--gradient_accumulation_steps 1 --seed 42 --bf16 --eval_strategy no --report_to none --logging_steps 20"
         )
         run = [script, "--model_name_or_path", model, "--train_file_dir", data, "--output_dir", output]
         python(*run, *common.split(), *flags)

@@ -174,7 +174,9 @@ class RLTrainer:
         while state.global_step < state.max_steps and not self.stop.stopped:
             self.samples.show(state.global_step, state.max_steps, self.answer_held_out)
             rates = {name: schedule.get_last_lr()[0] for name, schedule in self.schedules.items()}
+            begin = time.perf_counter()
             metrics = self.update(state.global_step)
+            metrics["update_seconds"] = time.perf_counter() - begin
             state.global_step += 1
             state.epoch = state.global_step * self.prompts_per_update / len(self.prompts)
             for schedule in self.schedules.values():
