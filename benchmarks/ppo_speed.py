@@ -57,7 +57,8 @@ def ours(work: Path, model: Path, algorithm: str, tokens: int) -> float:
     flags = {
         "sft_model_path": model, "train_file_dir": data, "reward_function": f"{reward}:reward",
         "output_dir": output, "template_name": "smollm", "algorithm": algorithm,
-        "num_generations": GENERATIONS, "num_ppo_epochs": 1, "num_mini_batches": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4,
+        "num_generations": GENERATIONS, "num_ppo_epochs": 1, "num_mini_batches": 1,
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4,
         "max_completion_length": tokens, "max_steps": UPDATES + 1, "do_eval": False, "report_to": "none",
         "save_strategy": "no", "missing_eos_penalty": 0, "lora_dropout": 0, "overwrite_output_dir": True,
     }  # fmt: skip
