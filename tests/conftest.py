@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import medicalgpt  # noqa: F401  (sets what the libraries read at import)
@@ -13,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 
 CORPUS = [
@@ -111,3 +114,18 @@ def data_dir(tmp_path_factory) -> Path:
               "response_rejected": f"It is nothing {i}."} for i in range(24)]  # fmt: skip
     write_jsonl(root / "dpo" / "a.jsonl", pairs)
     return root
+
+
+def torchrun(arguments: list[str], ranks: int, timeout: int = 120) -> subprocess.CompletedProcess:
+    """Run a script of the project under torchrun; on a time-out its workers are ended too."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    process = subprocess.Popen([*launcher, *arguments], env=environment, cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its workers, which are sessions of their own
+        process.wait(60)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

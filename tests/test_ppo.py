@@ -4,8 +4,6 @@ import json
 import logging
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import merge_peft_adapter
@@ -34,13 +32,10 @@ from ppo_training import (
 
 import pytest
 import torch
-from conftest import build_model, write_jsonl
+from conftest import build_model, torchrun, write_jsonl
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
-
 
 # ---- the equations, by hand --------------------------------------------------------------------------------
 
@@ -350,10 +345,7 @@ def test_two_ranks_are_one(sft_model, talks, functions, tmp_path):
     more = {"reward_function": f"{functions}:word", "max_steps": 2}
     run(sft_model, talks, tmp_path / "one", gradient_accumulation_steps=2, **more)
     two = flags(sft_model, talks, tmp_path / "two", gradient_accumulation_steps=1, **more)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launcher, "ppo_training.py", *two], cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
+    done = torchrun(["ppo_training.py", *two], ranks=2, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     one, both = (history(tmp_path / name, *NUMBERS) for name in ("one", "two"))
     assert torch.tensor(both) == pytest.approx(torch.tensor(one), rel=2e-4, abs=1e-5)

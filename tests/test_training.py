@@ -26,7 +26,7 @@ from template import TEMPLATES
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import build_model, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, FalconForCausalLM
 
@@ -91,13 +91,6 @@ def test_a_step_is_the_same_however_it_is_split(stage, model_dir, data_dir, tmp_
     assert len(logs[0]) == 2
     for other in logs[1:]:
         assert torch.tensor(other) == pytest.approx(torch.tensor(logs[0]), rel=1e-5)
-
-
-def torchrun(arguments: list[str], ranks: int, timeout: int = 120) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return subprocess.run([*launcher, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True,
-                          timeout=timeout, check=False)  # fmt: skip
 
 
 def test_under_a_launcher_two_ranks_refuse_in_one_line_with_the_stages_code(tmp_path):
