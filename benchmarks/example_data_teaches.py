@@ -60,7 +60,7 @@ def train(script: str, model: Path, data: Path, output: Path, *flags: str) -> Pa
     if not merged.is_dir():
         common = (
             "--do_train --num_train_epochs 1 --per_device_train_batch_size 8 "
-            "--gradient_accumulation_steps 1 --seed 42 --bf16 --eval_strategy no --report_to none "
+            "--gradient_accumulation_steps 4 --seed 42 --bf16 --eval_strategy no --report_to none "
             "--logging_steps 20"
         )
         run = [script, "--model_name_or_path", model, "--train_file_dir", data, "--output_dir", output]
