@@ -31,7 +31,7 @@ from medicalgpt.kinds import parse_question
 from medicalgpt.model_files import resolve_model_dir
 from medicalgpt.questions import encode_questions, report_questions
 from medicalgpt.rewards import FunctionScorer, make_scorer, reward_identity, shares_base
-from medicalgpt.rl_trainer import Experience, RLTrainer
+from medicalgpt.rl_trainer import Experience, RLTrainer, answers_per_update
 from medicalgpt.stage import (
     build_model,
     chat_encoder,
@@ -197,9 +197,7 @@ def advantages_and_returns(
 
 
 def leave_one_out(rewards: torch.Tensor, num_generations: int) -> torch.Tensor:
-    """Return each answer's total reward less the mean of the others to its prompt, (R,).
-
-    arXiv:2402.14740, eq. 8.
+    """Return each answer's total reward less the mean of the others to its prompt, (R,); arXiv:2402.14740.
 
     Args:
         rewards: of whole answers, those to one prompt side by side, (R,).
@@ -326,6 +324,7 @@ def main(argv: list[str]) -> None:
     flags = parse_stage(argv, PPOArguments, __doc__, DEFAULTS, model=PolicyArguments)
     require(flags.adapter.use_peft, "--use_peft False: policy and value function are adapters on one base")
     options = flags.own
+    answers_per_update(flags.run, options)
 
     # 2. Data and the source of the scores, checked before a model is loaded
     data = load_data(flags, parse_question, SUFFIXES)

@@ -79,7 +79,7 @@ def pair_loss(
     """Return − log σ(r_w − r_l − m) + c (r_w + r_l)² of every pair, (P,).
 
     Bradley–Terry as in arXiv:2203.02155, eq. 1; m: the margin of arXiv:2307.09288, eq. 2; c centres the
-    scores, which the first term leaves free (arXiv:2312.09244, section 4).
+    scores, which the first term leaves free (arXiv:2312.09244).
 
     Args:
         chosen, rejected, margins: scores and margins, (P,) fp32.

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from medicalgpt.engine import FlatLM
 from medicalgpt.errors import ModelError
-from medicalgpt.model_files import adapter_settings, check_safetensors
+from medicalgpt.model_files import adapter_settings
+from medicalgpt.modeling import ADAPTER_FILE, adapter_weights
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -55,12 +56,7 @@ class Backbone(nn.Module):
         Raises:
             ModelError: it has no head, trains more than adapters, or does not fit.
         """
-        file = directory / "adapter_model.safetensors"
-        settings = adapter_settings(directory)
-        if not file.is_file():
-            raise ModelError(f"{file} is missing; pickled adapters (.bin) are not read")
-        check_safetensors(file)
-        weights = load_file(file)
+        settings, weights = adapter_settings(directory), adapter_weights(directory)
         if HEAD not in weights:
             raise ModelError(
                 f"{directory} has no score head ({HEAD}); expected an adapter of reward_modeling.py"
@@ -220,7 +216,7 @@ class Backbone(nn.Module):
         Raises:
             ModelError: they do not fit.
         """
-        self.put(POLICY, load_file(directory / "adapter_model.safetensors"), directory)
+        self.put(POLICY, load_file(directory / ADAPTER_FILE), directory)
         if not with_value:
             return
         value = load_file(directory / "value.safetensors")

@@ -189,6 +189,11 @@ def index_tensors(sources: list, targets: list, sequences: list) -> dict:
     }
 
 
+def on_device(batch: dict, device: torch.device) -> dict:
+    """Return a batch with its tensors on a device."""
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
 def example_length(example: Example) -> int:
     """Return how many tokens an example puts into a row."""
     return sum(len(value) for name, value in example.items() if name.endswith("_ids"))

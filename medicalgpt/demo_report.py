@@ -13,7 +13,7 @@ from medicalgpt.arguments import cpu_has_fast_bfloat16
 from medicalgpt.attention import FLAT_ATTENTION
 from medicalgpt.chat_template import resolve_template
 from medicalgpt.checkpoint import fingerprint, write_json
-from medicalgpt.collator import FlatCollator, PairCollator
+from medicalgpt.collator import FlatCollator, PairCollator, on_device
 from medicalgpt.documents import encode_texts, pack_documents
 from medicalgpt.engine import FlatLM
 from medicalgpt.errors import run_script
@@ -56,8 +56,7 @@ def mean_logps(model: FlatLM, collator: FlatCollator | PairCollator, examples: l
     """Return per sequence the mean log-probability of its tokens and how many they are, (S, 2)."""
     rows = []
     for begin in range(0, len(examples), BATCH):
-        batch = collator(examples[begin : begin + BATCH])
-        batch = {k: v.to(model.lm.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        batch = on_device(collator(examples[begin : begin + BATCH]), model.lm.device)
         logps, index = model(**batch), batch["sequence_index"]
         counts = index.bincount(minlength=batch["num_sequences"])
         sums = torch.zeros(batch["num_sequences"], device=logps.device).index_add(0, index, logps)

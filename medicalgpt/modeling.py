@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger("medicalgpt")
 
+ADAPTER_FILE = "adapter_model.safetensors"
 EMBEDDINGS = {"embed_tokens", "lm_head"}  # one matrix where they are tied
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -214,7 +215,7 @@ def has_score_head(config: PretrainedConfig) -> bool:
 def new_score_head(model: PreTrainedModel) -> None:
     """Start the score head: normal, standard deviation 1/√(H + 1), the same on every machine.
 
-    So began the reward models of Stiennon et al. (arXiv:2009.01325): first scores have a spread of about one.
+    So began the reward models of Stiennon et al. (arXiv:2009.01325).
     """
     weight = getattr(getattr(model, "score", None), "weight", None)
     if weight is None:
@@ -282,15 +283,14 @@ def check_layer_names(model: PreTrainedModel, flag: str, wanted: list[str] | Non
             raise ConfigError(f"{flag} {name}: the model has no such layer; it has {', '.join(known)}")
 
 
-def load_adapter(model: PreTrainedModel, path: str | Path, *, is_trainable: bool = False) -> PeftModel:
-    """Load an adapter onto a base.
+def adapter_weights(directory: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of an adapter's file.
 
     Raises:
-        ModelError: no adapter there, or one of other shapes.
+        ModelError: no adapter there, or a damaged one.
     """
-    directory = Path(path)
     adapter_settings(directory)
-    file = directory / "adapter_model.safetensors"
+    file = directory / ADAPTER_FILE
     if not file.is_file():
         raise ModelError(f"{file} is missing; pickled adapters (.bin) are not read")
     check_safetensors(file)
@@ -300,6 +300,17 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, is_trainable: bool
         raise ModelError(
             f"{file}: {broken} holds NaN or infinity; that training failed, use an earlier checkpoint"
         )
+    return weights
+
+
+def load_adapter(model: PreTrainedModel, path: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """Load an adapter onto a base.
+
+    Raises:
+        ModelError: no adapter there, or one of other shapes.
+    """
+    directory = Path(path)
+    weights = adapter_weights(directory)
     try:
         with warnings.catch_warnings(action="ignore"):  # about missing tensors, which are refused below
             adapted = PeftModel.from_pretrained(model, str(directory), is_trainable=is_trainable)
@@ -307,7 +318,8 @@ def load_adapter(model: PreTrainedModel, path: str | Path, *, is_trainable: bool
         missing = sorted(set(needed) - set(weights))
         if missing:
             raise ModelError(
-                f"{file} is incomplete: {missing[0]} and {len(missing) - 1} more tensors are missing"
+                f"{directory / ADAPTER_FILE} is incomplete: {missing[0]} and {len(missing) - 1} more tensors "
+                "are missing"
             )
         return adapted
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -322,7 +334,7 @@ def load_weights(model: PreTrainedModel | PeftModel, directory: Path) -> None:
         ModelError: a weight is missing or unknown.
     """
     if isinstance(model, PeftModel):
-        result = set_peft_model_state_dict(model, load_file(directory / "adapter_model.safetensors"))
+        result = set_peft_model_state_dict(model, load_file(directory / ADAPTER_FILE))
         wrong = result.unexpected_keys or [key for key in result.missing_keys if "lora_" in key]
     else:
         weights = {}

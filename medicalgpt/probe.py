@@ -2,7 +2,7 @@
 
 import logging
 
-from medicalgpt.collator import FlatCollator
+from medicalgpt.collator import FlatCollator, on_device
 from medicalgpt.engine import FlatLM, FlatModel, FlatScorer
 from medicalgpt.errors import ModelError
 from medicalgpt.tokenization import tokens
@@ -19,7 +19,7 @@ def probe_batch(documents: list[list[int]], device: torch.device, *, padded: boo
     flat = tokens([i for document in documents for i in document])
     collate = FlatCollator(padded=padded)
     batch = collate([{"input_ids": flat, "labels": flat, "lengths": list(map(len, documents))}])
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    return on_device(batch, device)
 
 
 def outputs(model: FlatModel, batch: dict) -> torch.Tensor:

@@ -272,13 +272,9 @@ def parse_pair(row: dict, origin: str, log: RowLog) -> Pair | None:
 
 def parse_margin(row: dict, origin: str) -> float:
     """Return the optional margin of a pair."""
-    margin = row.get("margin")
-    if margin is None:
-        return 0.0
-    if isinstance(margin, bool) or not isinstance(margin, int | float):
-        raise DataError(f"{origin}: margin: is {json_type(margin)}; expected a number")
-    if not math.isfinite(margin):
-        raise DataError(f"{origin}: margin: is {margin}; expected a finite number")
+    margin = 0.0 if row.get("margin") is None else row["margin"]
+    if json_type(margin) != "a number" or not math.isfinite(margin):
+        raise DataError(f"{origin}: margin: is {json_type(margin)}; expected a finite number")
     return float(margin)
 
 

@@ -11,14 +11,12 @@ from typing import Protocol
 from medicalgpt.arguments import StageFlags
 from medicalgpt.backbone import Backbone
 from medicalgpt.checkpoint import fingerprint, sha256
-from medicalgpt.collator import FlatCollator
+from medicalgpt.collator import FlatCollator, on_device
 from medicalgpt.errors import ConfigError, ModelError, RunError, first_line
 from medicalgpt.questions import Rollout
 from medicalgpt.records import Message, Pair
 from medicalgpt.run_record import check_base, recorded_template
 from medicalgpt.scoring import Judge, check_is_reward_model, load_judge
-
-import torch
 
 
 class Scorer(Protocol):
@@ -138,11 +136,6 @@ def make_scorer(
         return AdapterScorer(backbone, batch_size)
     judge = load_judge(Path(reward_dir), None, max_length=flags.chat.model_max_length)
     return JudgeScorer(judge, batch_size)
-
-
-def on_device(batch: dict, device: torch.device) -> dict:
-    """Return a batch with its tensors on a device."""
-    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
 
 def check_scores(scores: Sequence[float], rollouts: Sequence[Rollout]) -> None:

@@ -20,20 +20,20 @@ from medicalgpt.backbone import POLICY, VALUE, Backbone, switch_off_dropout
 from medicalgpt.base import Base
 from medicalgpt.callbacks import ProgressBar, StopOnSignal
 from medicalgpt.checkpoint import whole_checkpoint, write_json
-from medicalgpt.collator import FlatCollator
+from medicalgpt.collator import FlatCollator, on_device
 from medicalgpt.errors import ConfigError, RunError, is_main_rank
 from medicalgpt.questions import Question, Rollout
 from medicalgpt.random_states import random_states, set_random_states
 from medicalgpt.rank_means import RankMeans
-from medicalgpt.rewards import Scorer, check_scores, on_device
+from medicalgpt.rewards import Scorer, check_scores
+from medicalgpt.rl_optimizer import PartOptimizer
 from medicalgpt.rollout import Sampler
 from medicalgpt.run_record import RunRecord
 from medicalgpt.samples import SampleTable, answer_metrics
 from medicalgpt.stage import wait_for_ranks
-from medicalgpt.trainer import begun
 
 import torch
-from transformers import TrainerControl, TrainerState, get_scheduler
+from transformers import TrainerControl, TrainerState
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
@@ -58,6 +58,25 @@ class Experience:
         return getattr(self, name)[rows][self.mask[rows].bool()]
 
 
+def answers_per_update(args: StageArguments, options: Any) -> int:
+    """Return how many answers an update draws, over all ranks.
+
+    Raises:
+        ConfigError: flags that this loop does not have, or answers that do not come out even.
+    """
+    if args.optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise ConfigError(f"--optim {args.optim} is not for this stage; expected adamw_torch")
+    if args.fp16:
+        raise ConfigError("--fp16 True: this stage does not scale its losses; use --bf16, or neither")
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    answers = per_step * options.num_mini_batches
+    if answers % options.num_generations:
+        raise ConfigError(
+            f"--num_generations {options.num_generations} does not divide the {answers} answers of an update"
+        )
+    return answers
+
+
 class RLTrainer:
     """Trains a backbone by updates; a stage says what an update is.
 
@@ -78,25 +97,13 @@ class RLTrainer:
         prompts: list[Question],
         held_out: list[Question],
     ):
-        if args.optim not in ("adamw_torch", "adamw_torch_fused"):
-            raise ConfigError(f"--optim {args.optim} is not for this stage; expected adamw_torch")
         self.backbone, self.scorer, self.args, self.options = backbone, scorer, args, options
         self.record, self.tokenizer = record, base.tokenizer
         self.prompts, self.held_out = prompts, held_out
         self.device, self.kl_coef = args.device, options.kl_coef
         self.means = RankMeans(args.world_size, args.device)
         self.collate = FlatCollator(padded=backbone.model.padded)
-        self.num_rollouts = (
-            args.per_device_train_batch_size
-            * args.gradient_accumulation_steps
-            * args.world_size
-            * options.num_mini_batches
-        )
-        if self.num_rollouts % options.num_generations:
-            raise ConfigError(
-                f"--num_generations {options.num_generations} does not divide the {self.num_rollouts} "
-                "answers of an update"
-            )
+        self.num_rollouts = answers_per_update(args, options)
         switch_off_dropout(backbone)
         self.sampler = Sampler(
             backbone.model,
@@ -107,17 +114,6 @@ class RLTrainer:
         )
         self.trained = (POLICY, VALUE) if options.algorithm == "ppo" else (POLICY,)
         backbone.freeze_all_but(*self.trained)
-        rates = {POLICY: args.learning_rate, VALUE: options.value_learning_rate or args.learning_rate}
-        self.optimizers = {
-            name: torch.optim.AdamW(
-                backbone.parameters_of(name),
-                lr=rates[name],
-                betas=(args.adam_beta1, args.adam_beta2),
-                eps=args.adam_epsilon,
-                weight_decay=args.weight_decay,
-            )
-            for name in self.trained
-        }
         self.state = TrainerState(
             is_local_process_zero=args.local_process_index == 0, is_world_process_zero=is_main_rank()
         )
@@ -126,16 +122,10 @@ class RLTrainer:
         self.state.max_steps = args.max_steps if args.max_steps > 0 else epochs
         self.state.num_train_epochs = math.ceil(self.state.max_steps * self.prompts_per_update / len(prompts))
         self.state.compute_steps(args, self.state.max_steps)
-        self.schedules = {
-            name: begun(
-                get_scheduler(
-                    args.lr_scheduler_type,
-                    optimizer,
-                    num_warmup_steps=args.get_warmup_steps(self.state.max_steps),
-                    num_training_steps=self.state.max_steps + 1,
-                )
-            )
-            for name, optimizer in self.optimizers.items()
+        rates = {POLICY: args.learning_rate, VALUE: options.value_learning_rate or args.learning_rate}
+        self.optimizers = {
+            name: PartOptimizer(name, backbone.parameters_of(name), rates[name], args, self.state.max_steps)
+            for name in self.trained
         }
         self.stop = StopOnSignal()
         callbacks = [report() for report in get_reporting_integration_callbacks(args.report_to)]
@@ -173,15 +163,14 @@ class RLTrainer:
         self.control = self.callbacks.on_train_begin(args, state, self.control)
         while state.global_step < state.max_steps and not self.stop.stopped:
             self.samples.show(state.global_step, state.max_steps, self.answer_held_out)
-            rates = {name: schedule.get_last_lr()[0] for name, schedule in self.schedules.items()}
-            begin = time.perf_counter()
+            rate, begin = self.optimizers[POLICY].learning_rate, time.perf_counter()
             metrics = self.update(state.global_step)
             metrics["update_seconds"] = time.perf_counter() - begin
             state.global_step += 1
             state.epoch = state.global_step * self.prompts_per_update / len(self.prompts)
-            for schedule in self.schedules.values():
-                schedule.step()
-            self.log(metrics | {"learning_rate": rates[POLICY]})
+            for optimizer in self.optimizers.values():
+                optimizer.schedule.step()
+            self.log(metrics | {"learning_rate": rate})
             self.control = self.callbacks.on_step_end(args, state, self.control)
             if self.control.should_save:
                 self.save_checkpoint()
@@ -313,36 +302,16 @@ class RLTrainer:
                 (found.pop("loss") / count).backward()
                 for key, value in found.items():
                     sums[key] += value.item()
-        keys = sorted(sums) if sums else []
-        keys = self.means.names(keys)
+        keys = self.means.names(sorted(sums))
         totals = dict(zip(keys, self.means.sums([sums[key] for key in keys]), strict=True))
         means = {key: value / count for key, value in totals.items()}
         for name, optimizer in self.optimizers.items():
-            norm = self.clipped_gradient(name)
+            norm = optimizer.add_up_and_clip(self.means)
             means[f"{'' if name == POLICY else 'value_'}grad_norm"] = norm
             if means["update_kl"] <= self.options.early_stop_kl:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                optimizer.adam.step()
+            optimizer.adam.zero_grad(set_to_none=True)
         return means
-
-    def clipped_gradient(self, name: str) -> float:
-        """Add a part's gradient up over ranks, clip it, and return its norm.
-
-        Raises:
-            RunError: it is not finite.
-        """
-        parameters = self.backbone.parameters_of(name)
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            self.means.add_up(parameter.grad)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm or math.inf).item()
-        if not math.isfinite(norm):
-            raise RunError(
-                f"update {self.state.global_step + 1}: the gradient of {name} is not finite; nothing was "
-                "changed by this step; lower --learning_rate"
-            )
-        return norm
 
     def explained(self, experience: Experience) -> dict[str, float]:
         """Return 1 − Var(return − value) / Var(return) over tokens, where there is a value function."""
@@ -359,13 +328,13 @@ class RLTrainer:
 
     @torch.no_grad()
     def answer_held_out(
-        self, prompts: Sequence[Question], adapter: str | None
+        self, places: Sequence[int], adapter: str | None
     ) -> tuple[list[Rollout], torch.Tensor]:
-        """Answer prompts with the policy or (None) the reference, with the same random numbers every time."""
+        """Answer held-out prompts with the policy or (None) the reference, always by the same numbers."""
         self.backbone.eval()
-        seeds = [self.seed(EVALUATION, place) for place in range(len(prompts))]
+        seeds = [self.seed(EVALUATION, place) for place in places]
         with self.backbone.using(adapter):
-            rollouts = self.answer(prompts, seeds)
+            rollouts = self.answer([self.held_out[place] for place in places], seeds)
         return rollouts, self.scores(rollouts)
 
     def evaluate(self) -> dict[str, float]:
@@ -375,16 +344,21 @@ class RLTrainer:
         """
         if not self.held_out:
             return {}
-        mine, metrics = self.held_out[self.args.process_index :: self.args.world_size], {}
+        mine, metrics = range(self.args.process_index, len(self.held_out), self.args.world_size), {}
         for name, adapter in (("_before", None), ("", POLICY)):
             rollouts, scores = self.answer_held_out(mine, adapter)
             found = answer_metrics(rollouts, scores, self.means)
             metrics |= {f"eval_{key}{name}": value for key, value in found.items()}
-        experience = self.evaluate_answers(rollouts)
-        log_ratios = (experience.logps - experience.reference_logps) * experience.mask
-        metrics["eval_kl"] = self.means.mean(log_ratios.sum(1))
+        metrics["eval_kl"] = self.means.mean(self.distances(rollouts))
         self.log(metrics)
         return metrics
+
+    def distances(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
+        """Return each answer's log π − log ref, in nats, (R,)."""
+        if not rollouts:  # more ranks than held-out prompts
+            return torch.zeros(0, device=self.device)
+        experience = self.evaluate_answers(rollouts)
+        return ((experience.logps - experience.reference_logps) * experience.mask).sum(1)
 
     # ---- files ---------------------------------------------------------------------------------------------
 
@@ -401,10 +375,7 @@ class RLTrainer:
             directory = saving / f"checkpoint-{step}"
             if is_main_rank():
                 self.backbone.save(directory, with_value=VALUE in self.trained)
-                states = {
-                    name: {"optimizer": optimizer.state_dict(), "schedule": self.schedules[name].state_dict()}
-                    for name, optimizer in self.optimizers.items()
-                }
+                states = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
                 torch.save(states, directory / "optimizer.pt")
                 write_json(directory / "progress.json", {"kl_coef": self.kl_coef})
                 self.state.save_to_json(str(directory / "trainer_state.json"))
@@ -417,10 +388,9 @@ class RLTrainer:
         self.backbone.load(directory, with_value=VALUE in self.trained)
         states = torch.load(directory / "optimizer.pt", weights_only=True, map_location=self.device)
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(states[name]["optimizer"])
-            self.schedules[name].load_state_dict(states[name]["schedule"])
+            optimizer.load_state_dict(states[name])
         self.kl_coef = json.loads((directory / "progress.json").read_text(encoding="utf-8"))["kl_coef"]
         saved = TrainerState.load_from_json(str(directory / "trainer_state.json"))
         self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
         self.state.log_history = saved.log_history
-        set_random_states(torch.load(directory / f"random_{self.args.process_index}.pt", weights_only=False))
+        set_random_states(torch.load(directory / f"random_{self.args.process_index}.pt", weights_only=True))

@@ -12,8 +12,8 @@ from medicalgpt.rank_means import RankMeans
 
 import torch
 
-# answers prompts with the policy's adapter, or with none, and scores the answers
-Answer = Callable[[Sequence[Question], str | None], tuple[list[Rollout], torch.Tensor]]
+# answers held-out prompts, given by their places, with the policy's adapter or none, and scores the answers
+Answer = Callable[[Sequence[int], str | None], tuple[list[Rollout], torch.Tensor]]
 logger = logging.getLogger("medicalgpt")
 
 
@@ -22,7 +22,7 @@ class SampleTable:
 
     Args:
         every: updates between tables.
-        questions: what is answered.
+        questions: what is answered: the first of the held-out prompts.
     """
 
     def __init__(self, every: int, questions: Sequence[Question], output_dir: Path):
@@ -66,7 +66,7 @@ class SampleTable:
 
     def answers(self, answer: Answer, adapter: str | None) -> list[tuple[str, float]]:
         """Return the answers of the policy or (None) the reference with their scores."""
-        rollouts, scores = answer(self.questions, adapter)
+        rollouts, scores = answer(range(len(self.questions)), adapter)
         return [(rollout.text, score) for rollout, score in zip(rollouts, scores.tolist(), strict=True)]
 
 

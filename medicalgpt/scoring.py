@@ -16,7 +16,7 @@ from pathlib import Path
 
 from medicalgpt.chat_template import resolve_template
 from medicalgpt.checkpoint import PARTIAL, fsync
-from medicalgpt.collator import FlatCollator, example_length
+from medicalgpt.collator import FlatCollator, example_length, on_device
 from medicalgpt.data_files import read_rows
 from medicalgpt.engine import FlatScorer
 from medicalgpt.errors import DataError, ModelError
@@ -117,8 +117,7 @@ class Judge:
         collate = FlatCollator(padded=self.model.padded)
         for begin in tqdm(range(0, len(order), batch_size), "scoring", disable=not progress):
             places = order[begin : begin + batch_size]
-            batch = collate([examples[i] for i in places])
-            batch = {k: v.to(self.model.lm.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            batch = on_device(collate([examples[i] for i in places]), self.model.lm.device)
             for place, score in zip(places, self.model(**batch).tolist(), strict=True):
                 scores[place] = score
         return scores

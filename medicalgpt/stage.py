@@ -173,18 +173,23 @@ def build_model(
     kind = FlatScorer if scores else FlatLM
     model = kind(lm, autocast_dtype=autocast_dtype, neftune_alpha=neftune_alpha).to(args.device)
     choose_rows(model)
+    report_model(model, base.directory, dtype)
+    return model
+
+
+def report_model(model: FlatModel, directory: Path, dtype: torch.dtype) -> None:
+    """Log what was loaded, and how much of it is trained."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     logger.info(
         "model=%s dtype=%s device=%s trainable_parameters=%d (%.2f %% of %d)",
-        base.directory,
+        directory,
         str(dtype).removeprefix("torch."),
-        args.device,
+        next(model.parameters()).device,
         trainable,
         100 * trainable / total,
         total,
     )
-    return model
 
 
 def choose_activation_checkpointing(model: FlatModel, args: StageArguments, examples: list[dict]) -> None:

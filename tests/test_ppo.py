@@ -251,7 +251,7 @@ def talks(tmp_path_factory) -> Path:
     generator, chats = random.Random(0), []
     for i in range(200):
         said = generator.choices(
-            [*SENTENCES, RARE], weights=[4] * 6 + [1], k=generator.choice([1, 3, 4, 5, 5])
+            [*SENTENCES, RARE], weights=[4] * 6 + [0.5], k=generator.choice([1, 3, 4, 5, 5, 5])
         )
         chats.append({"conversations": [{"from": "human", "value": f"Question {i}: what should I do?"},
                                         {"from": "gpt", "value": " ".join(said)}]})  # fmt: skip
@@ -352,7 +352,8 @@ def test_two_ranks_are_one(sft_model, talks, functions, tmp_path):
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-5
     scores = [json.loads((tmp_path / name / "eval_results.json").read_text()) for name in ("one", "two")]
-    assert scores[0]["eval_score"] == scores[1]["eval_score"]
+    for key in ("eval_score", "eval_response_length", "eval_response_length_before", "eval_ended", "eval_kl"):
+        assert scores[0][key] == pytest.approx(scores[1][key], rel=2e-4, abs=1e-5), key
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "rloo"])
@@ -415,7 +416,7 @@ def test_it_learns_what_is_rewarded(algorithm, function, seed, sft_model, talks,
                  max_steps=20, algorithm=algorithm, gradient_accumulation_steps=4, sample_steps=100,
                  max_completion_length=64, validation_split_percentage=2)  # fmt: skip
     before, after = learned(output)
-    assert before < 0.35 and after > 0.8, (before, after)
+    assert before < 0.2 and after > 0.8, (before, after)
 
 
 # ---- with a reward model -----------------------------------------------------------------------------------
@@ -568,6 +569,8 @@ def test_reward_models_that_do_not_belong_to_the_policy(
     ({"reward_function": "f", "temperature": 0}, "--temperature 0.0 is not allowed"),
     ({"reward_function": "f", "lam": 1.5}, "expected 0 to 1"),
     ({"reward_function": "f", "use_peft": False}, "adapters on one base"),
+    ({"reward_function": "f", "optim": "adafactor"}, "expected adamw_torch"),
+    ({"reward_function": "f", "algorithm": "rloo", "num_generations": 5}, "does not divide the 16 answers"),
 ])  # fmt: skip
 def test_flags_that_mean_nothing(more, reason, sft_model, talks, tmp_path):
     with pytest.raises(ConfigError, match=reason):

@@ -330,7 +330,7 @@ def test_a_margin_must_be_a_number(tmp_path, model_dir, data_dir):
     row = {"question": "q", "response_chosen": "a", "response_rejected": "b", "margin": "much"}
     write_jsonl(tmp_path / "d" / "a.jsonl", [row])
     flags = rm_flags(model_dir, data_dir, tmp_path / "o", train_file_dir=tmp_path / "d")
-    with pytest.raises(DataError, match="margin: is a string; expected a number"):
+    with pytest.raises(DataError, match="margin: is a string; expected a finite number"):
         reward_modeling.main(flags)
 
 
