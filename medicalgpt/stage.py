@@ -27,6 +27,10 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 logger = logging.getLogger("medicalgpt")
 
+# What a rank trained with lives until its process ends (`run_script` exits without destructors): the
+# destructor of a gloo process group now and then waits for ever for a rank that has already gone.
+HELD: list[StageTrainer] = []
+
 
 # ---- the run -----------------------------------------------------------------------------------------------
 
@@ -286,6 +290,8 @@ def run_training(trainer: StageTrainer, record: RunRecord, base: Base) -> None:
         StoppedError: a signal asked for it; a whole checkpoint is there.
     """
     args = trainer.args
+    if torch.distributed.is_initialized():
+        HELD.append(trainer)
     if not args.do_train:
         publish_evaluation(trainer.evaluate(), Path(args.output_dir))
         return
@@ -301,8 +307,6 @@ def run_training(trainer: StageTrainer, record: RunRecord, base: Base) -> None:
     if is_main_rank():
         publish_result(trainer, record, base, metrics, evaluation)
     wait_for_ranks()
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def publish_result(
