@@ -89,55 +89,46 @@ class FlatCollator:
         }
 
 
-class PairCollator:
-    """Collates pairs {prompt_ids, chosen_ids, chosen_labels, rejected_ids, rejected_labels[, margin]}.
+class GroupCollator:
+    """Collates groups {prompt_ids, answers: [(ids, labels), …]}.
 
-    A pair is prompt, chosen, rejected in one row: the prompt stands once, both answers see it and not each
-    other.
+    A group is the prompt and its answers in one row: the prompt stands once, every answer sees it and not the
+    others.
     """
 
     def __init__(self, *, padded: bool = False):
         self.padded = padded
 
     def __call__(self, examples: Sequence[Example]) -> dict:
-        """Return the module docstring's batch; sequence 2i is pair i's chosen answer, 2i + 1 its rejected.
-
-        It also has `margins` (P,), the pairs' own margins.
-        """
-        margins = {"margins": torch.tensor([example.get("margin", 0.0) for example in examples])}
+        """Return the module docstring's batch; a sequence is an answer."""
         if not examples:
             nothing = FlatCollator(padded=self.padded)([])
-            return nothing | margins | {"num_sequences": 0, "last_index": nothing["last_index"][:0]}
-        return (self.pad(examples) if self.padded else self.flatten(examples)) | margins
+            return nothing | {"num_sequences": 0, "last_index": nothing["last_index"][:0]}
+        return self.pad(examples) if self.padded else self.flatten(examples)
 
     @staticmethod
     def flatten(examples: Sequence[Example]) -> dict:
-        """Share each prompt between its two answers."""
+        """Share each prompt between its answers."""
         rows, positions, spans, sources, targets, sequences, offset = [], [], [], [], [], [], 0
-        for pair, example in enumerate(examples):
-            prompt = example["prompt_ids"]
-            begin = offset
-            for side, name in enumerate(("chosen", "rejected")):
-                ids, labels = example[f"{name}_ids"], example[f"{name}_labels"]
-                if side == 0:
-                    rows.append(prompt)
-                    positions.append(np.arange(len(prompt)))
-                    offset += len(prompt)
+        for example in examples:
+            prompt, begin = example["prompt_ids"], offset
+            rows.append(prompt)
+            positions.append(np.arange(len(prompt)))
+            offset += len(prompt)
+            for side, (ids, labels) in enumerate(example["answers"]):
                 start = offset
                 predicted = np.flatnonzero(labels != IGNORE_INDEX)
                 source = start + predicted - 1
-                source[predicted == 0] = (
-                    begin + len(prompt) - 1
-                )  # the prompt's last token predicts an answer's first
+                # the prompt's last token predicts an answer's first
+                source[predicted == 0] = begin + len(prompt) - 1
                 sources.append(source)
                 targets.append(labels[predicted])
-                sequences.append(np.full(len(predicted), 2 * pair + side))
+                sequences.append(np.full(len(predicted), len(sequences)))
                 rows.append(ids)
                 positions.append(len(prompt) + np.arange(len(ids)))
                 offset += len(ids)
-                spans.append(
-                    Span(begin, offset) if side == 0 else Span(start, offset, begin, begin + len(prompt))
-                )
+                shared = Span(start, offset, begin, begin + len(prompt))
+                spans.append(Span(begin, offset) if side == 0 else shared)
         return flat_batch(rows, positions, spans, (sources, targets, sequences))
 
     @staticmethod
@@ -145,15 +136,32 @@ class PairCollator:
         """Repeat the prompt before each answer, in padded rows."""
         documents = []
         for example in examples:
-            ignored = np.full(len(example["prompt_ids"]), IGNORE_INDEX)
-            for name in ("chosen", "rejected"):
-                documents.append(
-                    (
-                        np.concatenate([example["prompt_ids"], example[f"{name}_ids"]]),
-                        np.concatenate([ignored, example[f"{name}_labels"]]),
-                    )
-                )
+            prompt = example["prompt_ids"]
+            ignored = np.full(len(prompt), IGNORE_INDEX)
+            for ids, labels in example["answers"]:
+                documents.append((np.concatenate([prompt, ids]), np.concatenate([ignored, labels])))
         return FlatCollator.pad(documents)
+
+
+class PairCollator(GroupCollator):
+    """Collates pairs {prompt_ids, chosen_ids, chosen_labels, rejected_ids, rejected_labels[, margin]}."""
+
+    def __call__(self, examples: Sequence[Example]) -> dict:
+        """Return the module docstring's batch; sequence 2i is pair i's chosen answer, 2i + 1 its rejected.
+
+        It also has `margins` (P,), the pairs' own margins.
+        """
+        groups = [
+            {
+                "prompt_ids": example["prompt_ids"],
+                "answers": [
+                    (example[f"{side}_ids"], example[f"{side}_labels"]) for side in ("chosen", "rejected")
+                ],
+            }
+            for example in examples
+        ]
+        margins = torch.tensor([example.get("margin", 0.0) for example in examples])
+        return super().__call__(groups) | {"margins": margins}
 
 
 def trained_positions(labels: np.ndarray) -> np.ndarray:

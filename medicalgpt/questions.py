@@ -1,5 +1,6 @@
 """What reinforcement learning answers: prompts as ids, and the answers that were drawn for them."""
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,9 +10,8 @@ from medicalgpt.errors import DataError
 from medicalgpt.records import Chat
 from medicalgpt.rollout import Draw
 from medicalgpt.row_log import RowLog
-from medicalgpt.tokenization import IGNORE_INDEX, ChatEncoder, tokens
+from medicalgpt.tokenization import ChatEncoder, tokens
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("medicalgpt")
@@ -38,12 +38,19 @@ class Rollout:
     text: str
 
     @property
-    def example(self) -> dict:
-        """The prompt and the answer as a collator takes them; only the answer's tokens are trained."""
-        ids = tokens([*self.prompt.ids, *self.draw.ids])
-        labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int32)
-        labels[len(self.prompt.ids) :] = self.draw.ids
-        return {"input_ids": ids, "labels": labels, "lengths": [len(ids)]}
+    def num_tokens(self) -> int:
+        """How long prompt and answer are."""
+        return len(self.prompt.ids) + len(self.draw.ids)
+
+
+def in_groups(rollouts: Sequence[Rollout]) -> list[dict]:
+    """Return groups as a GroupCollator takes them: answers to one prompt that stand side by side share it."""
+    groups = []
+    for _, same in itertools.groupby(rollouts, key=lambda rollout: id(rollout.prompt)):
+        some = list(same)
+        answers = [tokens(rollout.draw.ids) for rollout in some]
+        groups.append({"prompt_ids": tokens(some[0].prompt.ids), "answers": [(ids, ids) for ids in answers]})
+    return groups
 
 
 def encode_questions(encoder: ChatEncoder, records: Sequence[Chat], log: RowLog) -> list[Question]:

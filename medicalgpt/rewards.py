@@ -11,9 +11,9 @@ from typing import Protocol
 from medicalgpt.arguments import StageFlags
 from medicalgpt.backbone import Backbone
 from medicalgpt.checkpoint import fingerprint, sha256
-from medicalgpt.collator import FlatCollator, on_device
+from medicalgpt.collator import GroupCollator, on_device
 from medicalgpt.errors import ConfigError, ModelError, RunError, first_line
-from medicalgpt.questions import Rollout
+from medicalgpt.questions import Rollout, in_groups
 from medicalgpt.records import Message, Pair
 from medicalgpt.run_record import check_base, recorded_template
 from medicalgpt.scoring import Judge, check_is_reward_model, load_judge
@@ -35,10 +35,10 @@ class AdapterScorer:
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Return the score of every answer."""
-        collate = FlatCollator(padded=self.backbone.model.padded)
+        collate = GroupCollator(padded=self.backbone.model.padded)
         scores: list[float] = []
         for begin in range(0, len(rollouts), self.batch_size):
-            batch = collate([rollout.example for rollout in rollouts[begin : begin + self.batch_size]])
+            batch = collate(in_groups(rollouts[begin : begin + self.batch_size]))
             scores += self.backbone.scores(on_device(batch, self.backbone.lm.device)).tolist()
         return scores
 

@@ -20,9 +20,9 @@ from medicalgpt.backbone import POLICY, VALUE, Backbone, switch_off_dropout
 from medicalgpt.base import Base
 from medicalgpt.callbacks import ProgressBar, StopOnSignal
 from medicalgpt.checkpoint import whole_checkpoint, write_json
-from medicalgpt.collator import FlatCollator, on_device
+from medicalgpt.collator import GroupCollator, on_device
 from medicalgpt.errors import ConfigError, RunError, is_main_rank
-from medicalgpt.questions import Question, Rollout
+from medicalgpt.questions import Question, Rollout, in_groups
 from medicalgpt.random_states import random_states, set_random_states
 from medicalgpt.rank_means import RankMeans
 from medicalgpt.rewards import Scorer, check_scores
@@ -102,7 +102,7 @@ class RLTrainer:
         self.prompts, self.held_out = prompts, held_out
         self.device, self.kl_coef = args.device, options.kl_coef
         self.means = RankMeans(args.world_size, args.device)
-        self.collate = FlatCollator(padded=backbone.model.padded)
+        self.collate = GroupCollator(padded=backbone.model.padded)
         self.num_rollouts = answers_per_update(args, options)
         switch_off_dropout(backbone)
         self.sampler = Sampler(
@@ -191,7 +191,8 @@ class RLTrainer:
     def draw(self, step: int) -> tuple[list[int], list[Rollout]]:
         """Draw this rank's answers of an update; each has a place in it and random numbers of its own."""
         k, args = self.options.num_generations, self.args
-        places = list(range(args.process_index, self.num_rollouts, args.world_size))
+        # answers to one prompt stay on one rank, where they share it
+        places = [p for p in range(self.num_rollouts) if p // k % args.world_size == args.process_index]
         first, count = step * self.prompts_per_update, len(self.prompts)
         numbers = [divmod(first + place // k, count) for place in places]
         orders = {epoch: self.order(epoch) for epoch in {epoch for epoch, _ in numbers}}
@@ -247,7 +248,7 @@ class RLTrainer:
 
     def batch(self, rollouts: Sequence[Rollout]) -> dict:
         """Return the flat batch of some answers with their prompts."""
-        return on_device(self.collate([rollout.example for rollout in rollouts]), self.device)
+        return on_device(self.collate(in_groups(rollouts)), self.device)
 
     # ---- passes --------------------------------------------------------------------------------------------
 
@@ -257,15 +258,16 @@ class RLTrainer:
         """Make passes of clipped updates over the answers, until the policy is far from what drew them."""
         start, sums, minibatches, tokens = time.perf_counter(), defaultdict(float), 0, 0
         mine = {place: row for row, place in enumerate(places)}
-        size = self.num_rollouts // self.options.num_mini_batches
+        k, size = self.options.num_generations, self.num_rollouts // self.options.num_mini_batches
         self.backbone.train()
         for turn in range(self.options.num_ppo_epochs):
             generator = torch.Generator().manual_seed(self.seed(step, -1 - turn))
-            order = torch.randperm(self.num_rollouts, generator=generator).split(size)
-            for chosen in order:
+            groups = torch.randperm(self.prompts_per_update, generator=generator)
+            order = groups[:, None] * k + torch.arange(k)
+            for chosen in order.flatten().split(size):
                 rows = [mine[place] for place in chosen.tolist() if place in mine]
                 means = self.minibatch(rows, rollouts, experience)
-                tokens += sum(len(rollouts[row].example["input_ids"]) for row in rows)
+                tokens += sum(rollouts[row].num_tokens for row in rows)
                 minibatches += 1
                 for name, value in means.items():
                     sums[name] += value

@@ -4,6 +4,7 @@ Every answer is drawn with random numbers of its own, so that it depends neither
 nor on the number of ranks (but for the rounding of padded attention).
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ class Sampler:
             prompts: ids up to where the answer begins.
             seeds: of the random numbers of each answer.
         """
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
         draws: dict[int, Draw] = {}
         was_training, bare_lm = self.model.training, self.model.bare_lm
         used = bare_lm.config._attn_implementation
@@ -76,41 +77,56 @@ class Sampler:
         return [draws[i] for i in range(len(prompts))]
 
     def answer(self, prompts: list[list[int]], seeds: list[int]) -> list[Draw]:
-        """Answer one batch; rows leave it as they end."""
+        """Answer one batch; a prompt that comes again is read once, rows leave as they end."""
         device, width = self.stop_ids.device, max(map(len, prompts))
-        pads = [width - len(prompt) for prompt in prompts]
-        ids = torch.tensor([[0] * p + prompt for p, prompt in zip(pads, prompts, strict=True)], device=device)
+        distinct = [prompt for prompt, _ in itertools.groupby(prompts)]
+        copies = [i for i, (_, same) in enumerate(itertools.groupby(prompts)) for _ in same]
+        pads = [width - len(prompt) for prompt in distinct]
+        ids = torch.tensor(
+            [[0] * p + prompt for p, prompt in zip(pads, distinct, strict=True)], device=device
+        )
         mask = torch.tensor([[0] * p + [1] * (width - p) for p in pads], device=device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.bare_lm.config)
+        hidden = self.read(ids, mask, positions, cache)
+        keep = torch.tensor(copies, device=device)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         answers: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
         rows = list(range(len(prompts)))  # the prompts that are still being answered
-        cache = DynamicCache(config=self.model.bare_lm.config)
         for step in range(self.max_new_tokens):
-            output = self.model.lm(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            if len(keep) != len(hidden):
+                cache.batch_select_indices(keep)
+                hidden, mask, positions = hidden[keep], mask[keep], positions[keep]
+            if step:
+                mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+                hidden = self.read(ids, mask, positions, cache)
             uniform = torch.stack([torch.rand((), generator=generators[row]) for row in rows])
-            tokens = self.choose(output.logits[:, -1].float(), uniform.to(device))
+            tokens = self.choose(self.model.project(hidden).float(), uniform.to(device))
             stopped = torch.isin(tokens, self.stop_ids).tolist()
             for row, token, stop in zip(rows, tokens.tolist(), stopped, strict=True):
                 answers[row].append(token)
                 ended[row] = stop
-            if step + 1 == self.max_new_tokens or all(stopped):
+            if all(stopped):
                 break
             keep = torch.tensor([i for i, stop in enumerate(stopped) if not stop], device=device)
-            if len(keep) < len(rows):
-                rows = [rows[i] for i in keep.tolist()]
-                cache.batch_select_indices(keep)
-            ids, positions = tokens[keep, None], positions[keep, -1:] + 1
-            mask = torch.cat([mask[keep], torch.ones_like(ids)], dim=1)
+            rows = [rows[i] for i in keep.tolist()]
+            ids, positions = tokens[keep, None], positions[:, -1:] + 1
         return [Draw(answer, end) for answer, end in zip(answers, ended, strict=True)]
+
+    def read(
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        """Read tokens (B, T) into the cache and return the hidden state of each row's last one, (B, H).
+
+        Args:
+            mask: of everything in the cache and these tokens. positions: of these tokens, (B, T).
+        """
+        output = self.model.bare_lm.get_decoder()(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        # (B, 1, H) as a slice of (B, T, H) would make the product with a frozen head copy it B times
+        return output.last_hidden_state[:, -1].contiguous()
 
     def choose(self, logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         """Draw one token per row: the first whose cumulative probability exceeds the row's number, (B,).
