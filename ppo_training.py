@@ -30,7 +30,7 @@ from medicalgpt.flags import require, require_positive
 from medicalgpt.kinds import parse_question
 from medicalgpt.model_files import resolve_model_dir
 from medicalgpt.questions import encode_questions, report_questions
-from medicalgpt.rewards import FunctionScorer, make_scorer, reward_identity, shares_base
+from medicalgpt.rewards import FunctionScorer, ScoreScale, make_scorer, reward_identity, shares_base
 from medicalgpt.rl_trainer import Experience, RLTrainer, answers_per_update
 from medicalgpt.stage import (
     build_model,
@@ -94,6 +94,10 @@ class PPOArguments:
     whiten_rewards: bool = field(
         default=False, metadata={"help": "scale the rewards of tokens to unit variance"}
     )
+    normalize_scores: bool | None = field(
+        default=None,
+        metadata={"help": "in standard deviations of the reference's; default: those of a reward model"},
+    )
     kl_coef: float = field(default=0.05, metadata={"help": "penalty per nat away from the reference"})
     target_kl: float = field(
         default=6.0,
@@ -121,6 +125,8 @@ class PPOArguments:
             self.algorithm in ALGORITHMS,
             f"--algorithm {self.algorithm} is not known; choose from {', '.join(ALGORITHMS)}",
         )
+        if self.normalize_scores is None:
+            self.normalize_scores = self.reward_model_path is not None
         if self.num_generations is None:
             self.num_generations = 4 if self.algorithm == "rloo" else 1
         require_positive(
@@ -242,10 +248,11 @@ class PPOTrainer(RLTrainer):
         options: PPOArguments = self.options
         # 1. Prompts, and answers drawn from the policy
         places, rollouts = self.draw(step)
-        # 2. Scores; an answer that never ends pays for it
+        # 2. Scores, in the reference's standard deviations; an answer that never ends pays for it
         scores = self.scores(rollouts)
+        self.score_scale = self.score_scale or ScoreScale.of(scores, self.means)
         ended = torch.tensor([rollout.draw.ended for rollout in rollouts], device=scores.device)
-        scored = scores - options.missing_eos_penalty * ~ended
+        scored = self.score_scale(scores) - options.missing_eos_penalty * ~ended
         # 3. Log-probabilities of policy and reference, values
         experience = self.evaluate_answers(rollouts)
         # 4. A reward per token: the KL penalty, and the score at the last
@@ -363,7 +370,13 @@ def main(argv: list[str]) -> None:
     # 6. Train, evaluate, save
     trainer = PPOTrainer(
         backbone=backbone,
-        scorer=make_scorer(backbone, None if shared else reward_dir, function, flags),
+        scorer=make_scorer(
+            backbone,
+            None if shared else reward_dir,
+            function,
+            flags,
+            stop_id=base.chat_format.stop_ids(base.tokenizer)[0],
+        ),
         args=flags.run,
         options=options,
         record=record,

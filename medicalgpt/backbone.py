@@ -75,7 +75,10 @@ class Backbone(nn.Module):
         self.score_head.requires_grad_(False)
 
     def add_value(self) -> None:
-        """Add the value adapter: it starts as the reward adapter (arXiv:2203.02155), or new without one."""
+        """Add the value adapter: it starts as the reward adapter (arXiv:2203.02155), or new without one.
+
+        The head starts at zero: the reward model's own says something at an answer's last token only.
+        """
         if self.score_head is None:
             policy = self.lm.peft_config[POLICY]
             config = LoraConfig(
@@ -89,7 +92,6 @@ class Backbone(nn.Module):
             for name in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
         })  # fmt: skip
         self.add_adapter(VALUE, config, {name: w.clone() for name, w in weights.items()})
-        self.value_head.weight.data.copy_(self.score_head.weight.data)
 
     def add_adapter(
         self, name: str, config: LoraConfig, weights: dict | None = None, origin: Path | str = ""

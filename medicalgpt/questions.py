@@ -43,12 +43,17 @@ class Rollout:
         return len(self.prompt.ids) + len(self.draw.ids)
 
 
-def in_groups(rollouts: Sequence[Rollout]) -> list[dict]:
-    """Return groups as a GroupCollator takes them: answers to one prompt that stand side by side share it."""
+def in_groups(rollouts: Sequence[Rollout], stop_id: int | None = None) -> list[dict]:
+    """Return groups as a GroupCollator takes them: answers to one prompt that stand side by side share it.
+
+    Args:
+        stop_id: put behind every answer, in place of the token that ended it, if one did.
+    """
     groups = []
     for _, same in itertools.groupby(rollouts, key=lambda rollout: id(rollout.prompt)):
         some = list(same)
-        answers = [tokens(rollout.draw.ids) for rollout in some]
+        draws = [rollout.draw for rollout in some]
+        answers = [tokens(d.ids if stop_id is None else [*d.said, stop_id]) for d in draws]
         groups.append({"prompt_ids": tokens(some[0].prompt.ids), "answers": [(ids, ids) for ids in answers]})
     return groups
 

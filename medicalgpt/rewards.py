@@ -14,9 +14,12 @@ from medicalgpt.checkpoint import fingerprint, sha256
 from medicalgpt.collator import GroupCollator, on_device
 from medicalgpt.errors import ConfigError, ModelError, RunError, first_line
 from medicalgpt.questions import Rollout, in_groups
+from medicalgpt.rank_means import RankMeans
 from medicalgpt.records import Message, Pair
 from medicalgpt.run_record import check_base, recorded_template
 from medicalgpt.scoring import Judge, check_is_reward_model, load_judge
+
+import torch
 
 
 class Scorer(Protocol):
@@ -28,17 +31,22 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class AdapterScorer:
-    """A reward adapter on the policy's own base: the very ids that were drawn are scored."""
+    """A reward adapter on the policy's own base.
+
+    The very ids that were drawn are scored, closed by the stop token that answers were trained with: where
+    else a score is read, nothing was trained.
+    """
 
     backbone: Backbone
     batch_size: int
+    stop_id: int
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[float]:
         """Return the score of every answer."""
         collate = GroupCollator(padded=self.backbone.model.padded)
         scores: list[float] = []
         for begin in range(0, len(rollouts), self.batch_size):
-            batch = collate(in_groups(rollouts[begin : begin + self.batch_size]))
+            batch = collate(in_groups(rollouts[begin : begin + self.batch_size], self.stop_id))
             scores += self.backbone.scores(on_device(batch, self.backbone.lm.device)).tolist()
         return scores
 
@@ -125,15 +133,44 @@ class FunctionScorer:
         return cls(function)
 
 
+@dataclass(frozen=True)
+class ScoreScale:
+    """Mean and standard deviation of what the reference's answers score: scores are learned from in these.
+
+    The penalties of PPO then mean the same with every reward model (arXiv:1909.08593, section 2.2).
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    @classmethod
+    def of(cls, scores: torch.Tensor, means: RankMeans) -> "ScoreScale":
+        """Measure the scores of answers, (R,) on every rank; if all are equal, the scale stays as it is."""
+        return cls(means.mean(scores), means.std(scores) or 1.0)
+
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        """Return scores in standard deviations from the mean, (R,)."""
+        return (scores - self.mean) / self.std
+
+
 def make_scorer(
-    backbone: Backbone, reward_dir: Path | None, function: FunctionScorer | None, flags: StageFlags
+    backbone: Backbone,
+    reward_dir: Path | None,
+    function: FunctionScorer | None,
+    flags: StageFlags,
+    *,
+    stop_id: int,
 ) -> Scorer:
-    """Return what scores answers: a function, a reward model of its own, or the backbone's reward adapter."""
+    """Return what scores answers: a function, a reward model of its own, or the backbone's reward adapter.
+
+    Args:
+        stop_id: the token that answers were trained to end with.
+    """
     batch_size = flags.run.per_device_eval_batch_size
     if function is not None:
         return function
     if reward_dir is None:
-        return AdapterScorer(backbone, batch_size)
+        return AdapterScorer(backbone, batch_size, stop_id)
     judge = load_judge(Path(reward_dir), None, max_length=flags.chat.model_max_length)
     return JudgeScorer(judge, batch_size)
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from medicalgpt.errors import ConfigError, RunError, is_main_rank
 from medicalgpt.questions import Question, Rollout, in_groups
 from medicalgpt.random_states import random_states, set_random_states
 from medicalgpt.rank_means import RankMeans
-from medicalgpt.rewards import Scorer, check_scores
+from medicalgpt.rewards import Scorer, ScoreScale, check_scores
 from medicalgpt.rl_optimizer import PartOptimizer
 from medicalgpt.rollout import Sampler
 from medicalgpt.run_record import RunRecord
@@ -101,6 +101,7 @@ class RLTrainer:
         self.record, self.tokenizer = record, base.tokenizer
         self.prompts, self.held_out = prompts, held_out
         self.device, self.kl_coef = args.device, options.kl_coef
+        self.score_scale = None if options.normalize_scores else ScoreScale()  # measured at the first update
         self.means = RankMeans(args.world_size, args.device)
         self.collate = GroupCollator(padded=backbone.model.padded)
         self.num_rollouts = answers_per_update(args, options)
@@ -215,8 +216,7 @@ class RLTrainer:
     def answer(self, prompts: Sequence[Question], seeds: Sequence[int]) -> list[Rollout]:
         """Draw an answer to every prompt."""
         draws = self.sampler([prompt.ids for prompt in prompts], seeds)
-        said = [draw.ids[: -1 if draw.ended else None] for draw in draws]
-        texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
+        texts = [self.tokenizer.decode(draw.said, skip_special_tokens=True).strip() for draw in draws]
         return [Rollout(*parts) for parts in zip(prompts, draws, texts, strict=True)]
 
     def scores(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
@@ -379,7 +379,8 @@ class RLTrainer:
                 self.backbone.save(directory, with_value=VALUE in self.trained)
                 states = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
                 torch.save(states, directory / "optimizer.pt")
-                write_json(directory / "progress.json", {"kl_coef": self.kl_coef})
+                progress = {"kl_coef": self.kl_coef, "score_scale": asdict(self.score_scale)}
+                write_json(directory / "progress.json", progress)
                 self.state.save_to_json(str(directory / "trainer_state.json"))
                 RunRecord(directory, self.record.content).save()
             torch.save(random_states(), directory / f"random_{self.args.process_index}.pt")
@@ -391,7 +392,8 @@ class RLTrainer:
         states = torch.load(directory / "optimizer.pt", weights_only=True, map_location=self.device)
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(states[name])
-        self.kl_coef = json.loads((directory / "progress.json").read_text(encoding="utf-8"))["kl_coef"]
+        progress = json.loads((directory / "progress.json").read_text(encoding="utf-8"))
+        self.kl_coef, self.score_scale = progress["kl_coef"], ScoreScale(**progress["score_scale"])
         saved = TrainerState.load_from_json(str(directory / "trainer_state.json"))
         self.state.global_step, self.state.epoch = saved.global_step, saved.epoch
         self.state.log_history = saved.log_history

@@ -27,6 +27,11 @@ class Draw:
     ids: list[int]
     ended: bool
 
+    @property
+    def said(self) -> list[int]:
+        """The answer without its stop token."""
+        return self.ids[: -1 if self.ended else None]
+
 
 class Sampler:
     """Draws answers from a language model.

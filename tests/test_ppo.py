@@ -17,7 +17,7 @@ from medicalgpt.collator import FlatCollator
 from medicalgpt.engine import FlatLM
 from medicalgpt.errors import ConfigError, DataError, ModelError, RunError, StoppedError
 from medicalgpt.rank_means import RankMeans
-from medicalgpt.rewards import FunctionScorer
+from medicalgpt.rewards import FunctionScorer, ScoreScale
 from medicalgpt.rollout import Sampler
 from medicalgpt.scoring import load_judge
 from medicalgpt.tokenization import tokens
@@ -283,6 +283,8 @@ def functions(tmp_path_factory) -> Path:
         "import random\n"
         "def ends_soon(response_ids, ended):\n    return float(ended and len(response_ids) <= 20)\n"
         "def word(prompt, response):\n    return float('doctor' in response)\n"
+        "def marks(prompt, response):\n    return len(set(response)) / 5\n"
+        "def marks_times_8(prompt, response):\n    return 8 * marks(prompt, response) - 100\n"
         "def noisy(response):\n    return len(response) / 100 + random.random() * 0.01\n"
         "def nan(response):\n    return float('nan')\n"
         "def broken(response):\n    return response.score\n"
@@ -330,15 +332,37 @@ def test_in_the_first_minibatch_the_policy_is_the_one_that_drew(sft_model, talks
     assert kl == pytest.approx(0, abs=1e-9) and loss == pytest.approx(0, abs=1e-5)
 
 
-def test_the_numbers_do_not_depend_on_how_a_batch_is_split(sft_model, talks, functions, tmp_path):
+@pytest.mark.parametrize("generations", [1, 4])
+def test_the_numbers_do_not_depend_on_how_a_batch_is_split(
+    generations, sft_model, talks, functions, tmp_path
+):
+    """In batches of one answer, none shares its prompt."""
     logs = [
-        history(run(sft_model, talks, tmp_path / str(size), reward_function=f"{functions}:word", max_steps=2,
+        history(run(sft_model, talks, tmp_path / str(size), reward_function=f"{functions}:marks", max_steps=2,
                     per_device_train_batch_size=size, gradient_accumulation_steps=8 // size,
-                    per_device_eval_batch_size=size), *NUMBERS)
+                    per_device_eval_batch_size=size, num_generations=generations), *NUMBERS)
         for size in (8, 4, 1)
     ]  # fmt: skip
     for other in logs[1:]:
         assert torch.tensor(other) == pytest.approx(torch.tensor(logs[0]), rel=2e-4, abs=1e-5)
+
+
+def test_with_normalized_scores_their_scale_is_indifferent(sft_model, talks, functions, tmp_path):
+    names = ("kl", "policy_loss", "value_loss", "grad_norm", "reward", "score")
+    plain, scaled, other = (
+        history(run(sft_model, talks, tmp_path / f"{name}{normalize}", reward_function=f"{functions}:{name}",
+                    normalize_scores=normalize, max_steps=2), *names)
+        for name, normalize in (("marks", True), ("marks_times_8", True), ("marks_times_8", False))
+    )  # fmt: skip
+    for a, b in zip(plain, scaled, strict=True):
+        assert b[:5] == pytest.approx(a[:5], rel=1e-3, abs=1e-5) and b[5] == pytest.approx(8 * a[5] - 100)
+    assert other[0][4] < -50
+
+
+def test_scores_are_measured_in_the_references_standard_deviations():
+    scale = ScoreScale.of(torch.tensor([1.0, 3.0]), RankMeans(1, "cpu"))
+    assert scale(torch.tensor([1.0, 3.0, 5.0])).tolist() == [-1, 1, 3]
+    assert ScoreScale.of(torch.tensor([2.0, 2.0]), RankMeans(1, "cpu"))(torch.tensor([2.5])).tolist() == [0.5]
 
 
 def test_two_ranks_are_one(sft_model, talks, functions, tmp_path):
@@ -472,8 +496,8 @@ def test_one_base_and_a_reward_model_of_its_own_give_the_same_run(
     ]
 
 
-def test_the_value_function_starts_as_the_reward_model(sft_model, reward_adapter, talks, tmp_path):
-    """At an answer's last token but one, the value is the reward head on the reward adapter."""
+def test_the_value_function_starts_at_zero_on_the_reward_models_adapter(sft_model, reward_adapter):
+    """With the reward model's head, it says what the reward model says."""
     model = AutoModelForCausalLM.from_pretrained(sft_model)
     lm = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.set_attn_implementation(FLAT_ATTENTION)
@@ -482,6 +506,8 @@ def test_the_value_function_starts_as_the_reward_model(sft_model, reward_adapter
     whole.add_value()
     batch = FlatCollator()(rows((6, 4), (3, 5)))
     with torch.no_grad():
+        assert (whole.values(batch) == 0).all()
+        whole.value_head.weight.data.copy_(whole.score_head.weight)
         values = whole.values(batch)
         scores = whole.scores(batch | {"last_index": batch["source_index"]})
     assert values.std() > 1e-3 and torch.allclose(values, scores, atol=1e-6)
