@@ -78,19 +78,17 @@ class PPOArguments:
         default=None, metadata={"help": "FILE.py:NAME of a function of prompt and response, in its place"}
     )
     algorithm: str = field(default="ppo", metadata={"help": "ppo, or rloo (no value function)"})
-    num_generations: int | None = field(
-        default=None, metadata={"help": "answers per prompt; default: 1 (ppo), 4 (rloo)"}
-    )
+    num_generations: int = field(default=4, metadata={"help": "answers per prompt of an update"})
     max_completion_length: int = field(default=128, metadata={"help": "limit of an answer, in tokens"})
-    temperature: float = field(default=1.0, metadata={"help": "of sampling; divides the logits"})
-    num_ppo_epochs: int = field(default=4, metadata={"help": "passes over the answers of an update"})
+    temperature: float = field(default=0.7, metadata={"help": "of sampling; divides the logits"})
+    num_ppo_epochs: int = field(default=2, metadata={"help": "passes over the answers of an update"})
     num_mini_batches: int = field(default=2, metadata={"help": "optimizer steps per pass"})
     cliprange: float = field(default=0.2, metadata={"help": "a ratio beyond 1 ± this gains no more"})
     cliprange_value: float = field(default=0.2, metadata={"help": "how far a value may move for its loss"})
     vf_coef: float = field(default=0.5, metadata={"help": "weight of the value loss"})
     entropy_coef: float = field(default=0.0, metadata={"help": "weight of the entropy bonus"})
     gamma: float = field(default=1.0, metadata={"help": "discount per token"})
-    lam: float = field(default=0.95, metadata={"help": "λ of GAE"})
+    lam: float = field(default=0.95, metadata={"help": "λ of GAE; 1: advantages do not lean on values"})
     whiten_rewards: bool = field(
         default=False, metadata={"help": "scale the rewards of tokens to unit variance"}
     )
@@ -98,7 +96,7 @@ class PPOArguments:
         default=None,
         metadata={"help": "in standard deviations of the reference's; default: those of a reward model"},
     )
-    kl_coef: float = field(default=0.05, metadata={"help": "penalty per nat away from the reference"})
+    kl_coef: float = field(default=0.07, metadata={"help": "penalty per nat away from the reference"})
     target_kl: float = field(
         default=6.0,
         metadata={"help": "nats per answer that the penalty is adapted to; 0: it stays as it is"},
@@ -127,8 +125,6 @@ class PPOArguments:
         )
         if self.normalize_scores is None:
             self.normalize_scores = self.reward_model_path is not None
-        if self.num_generations is None:
-            self.num_generations = 4 if self.algorithm == "rloo" else 1
         require_positive(
             self,
             "num_generations",
@@ -159,13 +155,13 @@ SUFFIXES = (".jsonl", ".json")
 DEFAULTS = {
     "output_dir": "outputs-ppo-qwen-v1",
     "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 16,
+    "per_device_eval_batch_size": 64,
     "num_train_epochs": 1.0,
-    "learning_rate": 1e-4,
+    "learning_rate": 3e-4,
     "lora_dropout": 0.0,
     "weight_decay": 0.0,
     "max_source_length": 512,
-    "max_eval_samples": 16,
+    "max_eval_samples": 32,
 }
 
 

@@ -73,8 +73,8 @@ if [ "$RLHF" = 1 ]; then
     step "6/7 PPO: the model writes answers and learns from their scores"
     bash run_ppo.sh --sft_model_path demo/merged-sft-qwen-v1 --reward_model_path demo/outputs-rm-qwen-v1 \
         --train_file_dir "$data/finetune" --validation_file_dir "$(held_out finetune)" --template_name "$TEMPLATE" \
-        --max_source_length 256 --max_completion_length 96 --max_steps 20 --gradient_accumulation_steps 2 --num_ppo_epochs 2 \
-        --learning_rate 3e-4 --save_steps 10 --output_dir demo/outputs-ppo-qwen-v1
+        --max_source_length 192 --max_completion_length 96 --max_steps 20 --max_eval_samples 48 \
+        --learning_rate 7e-4 --save_steps 5 --output_dir demo/outputs-ppo-qwen-v1
 
     step "7/7 merge"
     merge demo/merged-sft-qwen-v1 demo/outputs-ppo-qwen-v1 "$final"

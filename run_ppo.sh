@@ -26,19 +26,20 @@ CUDA_VISIBLE_DEVICES=0 torchrun --nproc_per_node 1 ppo_training.py \
     --max_source_length 512 \
     --max_completion_length 128 \
     --max_train_samples -1 \
-    --max_eval_samples 16 \
+    --max_eval_samples 32 \
     --per_device_train_batch_size 4 \
-    --per_device_eval_batch_size 16 \
+    --per_device_eval_batch_size 64 \
     --gradient_accumulation_steps 4 \
+    --num_generations 4 \
     --num_mini_batches 2 \
-    --num_ppo_epochs 4 \
+    --num_ppo_epochs 2 \
     --num_train_epochs 1 \
     --max_steps -1 \
-    --learning_rate 1e-4 \
+    --learning_rate 3e-4 \
     --warmup_steps 0.05 \
     --weight_decay 0 \
-    --temperature 1.0 \
-    --kl_coef 0.05 \
+    --temperature 0.7 \
+    --kl_coef 0.07 \
     --target_kl 6 \
     --cliprange 0.2 \
     --cliprange_value 0.2 \
