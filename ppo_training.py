@@ -8,7 +8,7 @@ Writes  --output_dir          the policy's LoRA adapter, tokenizer, run.json, re
 Next    merge_peft_adapter.py, then inference.py
 
     bash run_ppo.sh
-    python ppo_training.py --sft_model_path merged-sft-qwen-v1 --reward_model_path outputs-rm-qwen-v1 \\
+    python ppo_training.py --sft_model_path merged-sft-qwen-v1 --reward_model_path outputs-rm-qwen-v1 \
         --train_file_dir data/finetune
 
 Method: Schulman et al. (arXiv:1707.06347) as used by Ouyang et al. (arXiv:2203.02155): the numbered steps of
@@ -26,12 +26,13 @@ from medicalgpt.backbone import Backbone
 from medicalgpt.base import open_base
 from medicalgpt.dataset import load_data
 from medicalgpt.errors import run_script
+from medicalgpt.experience import Experience
 from medicalgpt.flags import require, require_positive
 from medicalgpt.kinds import parse_question
 from medicalgpt.model_files import resolve_model_dir
 from medicalgpt.questions import encode_questions, report_questions
 from medicalgpt.rewards import FunctionScorer, ScoreScale, make_scorer, reward_identity, shares_base
-from medicalgpt.rl_trainer import Experience, RLTrainer, answers_per_update
+from medicalgpt.rl_trainer import RLTrainer, answers_per_update
 from medicalgpt.stage import (
     build_model,
     chat_encoder,
@@ -88,7 +89,7 @@ class PPOArguments:
     vf_coef: float = field(default=0.5, metadata={"help": "weight of the value loss"})
     entropy_coef: float = field(default=0.0, metadata={"help": "weight of the entropy bonus"})
     gamma: float = field(default=1.0, metadata={"help": "discount per token"})
-    lam: float = field(default=0.95, metadata={"help": "λ of GAE; 1: advantages do not lean on values"})
+    lam: float = field(default=0.95, metadata={"help": "λ of GAE; 1: the values are only a baseline"})
     whiten_rewards: bool = field(
         default=False, metadata={"help": "scale the rewards of tokens to unit variance"}
     )
@@ -106,7 +107,8 @@ class PPOArguments:
         default=0.1, metadata={"help": "nats per token from the sampling policy that end an update's passes"}
     )
     missing_eos_penalty: float = field(
-        default=1.0, metadata={"help": "taken off the score of an answer that did not end by itself"}
+        default=1.0,
+        metadata={"help": "taken off the (normalised) score of an answer that did not end by itself"},
     )
     value_learning_rate: float | None = field(
         default=None, metadata={"help": "of the value function; default: --learning_rate"}

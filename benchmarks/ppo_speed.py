@@ -60,7 +60,8 @@ def ours(work: Path, model: Path, algorithm: str, tokens: int) -> float:
         "num_generations": GENERATIONS, "num_ppo_epochs": 1, "num_mini_batches": 1,
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4,
         "max_completion_length": tokens, "max_steps": UPDATES + 1, "do_eval": False, "report_to": "none",
-        "save_strategy": "no", "missing_eos_penalty": 0, "lora_dropout": 0, "overwrite_output_dir": True,
+        "save_strategy": "no", "temperature": 1.0, "missing_eos_penalty": 0, "lora_dropout": 0,
+        "overwrite_output_dir": True,
     }  # fmt: skip
     command = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     subprocess.run([sys.executable, "ppo_training.py", *command], cwd=ROOT, check=True)

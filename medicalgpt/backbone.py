@@ -42,6 +42,7 @@ class Backbone(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.score_head: nn.Linear | None = None
+        self.active = POLICY  # the adapter that computes
 
     @property
     def lm(self) -> PeftModel:
@@ -140,8 +141,11 @@ class Backbone(nn.Module):
 
     @contextlib.contextmanager
     def using(self, name: str | None) -> Iterator[None]:
-        """Compute with one adapter; None: with the bare base."""
-        needs = [parameter.requires_grad for parameter in self.parameters()]
+        """Compute with one adapter; None: with the bare base.
+
+        A backward pass belongs inside: activation checkpointing computes again with the adapter of that time.
+        """
+        before, needs = self.active, [parameter.requires_grad for parameter in self.parameters()]
 
         def restore() -> None:  # the library decides anew what is trained whenever adapters change
             for parameter, need in zip(self.parameters(), needs, strict=True):
@@ -153,10 +157,12 @@ class Backbone(nn.Module):
                     yield
             else:
                 self.lm.base_model.set_adapter(name)
+                self.active = name
                 restore()
                 yield
         finally:
-            self.lm.base_model.set_adapter(POLICY)
+            self.lm.base_model.set_adapter(before)
+            self.active = before
             restore()
 
     # ---- what they say -------------------------------------------------------------------------------------

@@ -145,8 +145,9 @@ class ScoreScale:
 
     @classmethod
     def of(cls, scores: torch.Tensor, means: RankMeans) -> "ScoreScale":
-        """Measure the scores of answers, (R,) on every rank; if all are equal, the scale stays as it is."""
-        return cls(means.mean(scores), means.std(scores) or 1.0)
+        """Measure the scores of answers, (R,) on every rank; equal ones only lose their mean."""
+        mean, std = means.mean(scores), means.std(scores)
+        return cls(mean, std if std > 1e-6 * max(1.0, abs(mean)) else 1.0)  # rounding has a spread, too
 
     def __call__(self, scores: torch.Tensor) -> torch.Tensor:
         """Return scores in standard deviations from the mean, (R,)."""

@@ -11,7 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from medicalgpt.callbacks import ProgressBar, StopOnSignal
 from medicalgpt.checkpoint import whole_checkpoint, write_json
 from medicalgpt.collator import GroupCollator, on_device
 from medicalgpt.errors import ConfigError, RunError, is_main_rank
+from medicalgpt.experience import Experience
 from medicalgpt.questions import Question, Rollout, in_groups
 from medicalgpt.random_states import random_states, set_random_states
 from medicalgpt.rank_means import RankMeans
@@ -42,22 +43,6 @@ logger = logging.getLogger("medicalgpt")
 EVALUATION = -1  # in place of an update's number, for the random numbers of evaluations
 
 
-@dataclass
-class Experience:
-    """What is known of the answers of an update before its passes, (R, T) each, 0 behind an answer's end."""
-
-    mask: torch.Tensor
-    logps: torch.Tensor
-    reference_logps: torch.Tensor
-    values: torch.Tensor | None
-    advantages: torch.Tensor | None = None
-    returns: torch.Tensor | None = None
-
-    def flat(self, name: str, rows: list[int]) -> torch.Tensor:
-        """Return one of them for some answers, token after token as a flat batch has them, (N,)."""
-        return getattr(self, name)[rows][self.mask[rows].bool()]
-
-
 def answers_per_update(args: StageArguments, options: Any) -> int:
     """Return how many answers an update draws, over all ranks.
 
@@ -73,6 +58,11 @@ def answers_per_update(args: StageArguments, options: Any) -> int:
     if answers % options.num_generations:
         raise ConfigError(
             f"--num_generations {options.num_generations} does not divide the {answers} answers of an update"
+        )
+    if answers // options.num_generations < args.world_size:
+        raise ConfigError(
+            f"an update has {answers // options.num_generations} prompts for {args.world_size} processes; "
+            "raise --gradient_accumulation_steps or lower --num_generations"
         )
     return answers
 
@@ -164,6 +154,7 @@ class RLTrainer:
         self.control = self.callbacks.on_train_begin(args, state, self.control)
         while state.global_step < state.max_steps and not self.stop.stopped:
             self.samples.show(state.global_step, state.max_steps, self.answer_held_out)
+            self.control = self.callbacks.on_step_begin(args, state, self.control)
             rate, begin = self.optimizers[POLICY].learning_rate, time.perf_counter()
             metrics = self.update(state.global_step)
             metrics["update_seconds"] = time.perf_counter() - begin
@@ -300,8 +291,9 @@ class RLTrainer:
         for part in batches:
             batch = self.batch([rollouts[row] for row in part])
             for name in self.trained:
-                found = losses[name](experience, part, batch)
-                (found.pop("loss") / count).backward()
+                with self.backbone.using(name):
+                    found = losses[name](experience, part, batch)
+                    (found.pop("loss") / count).backward()
                 for key, value in found.items():
                     sums[key] += value.item()
         keys = self.means.names(sorted(sums))

@@ -5,6 +5,7 @@ import logging
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import merge_peft_adapter
 import ppo_training
@@ -18,6 +19,7 @@ from medicalgpt.engine import FlatLM
 from medicalgpt.errors import ConfigError, DataError, ModelError, RunError, StoppedError
 from medicalgpt.rank_means import RankMeans
 from medicalgpt.rewards import FunctionScorer, ScoreScale
+from medicalgpt.rl_trainer import answers_per_update
 from medicalgpt.rollout import Sampler
 from medicalgpt.scoring import load_judge
 from medicalgpt.tokenization import tokens
@@ -347,6 +349,22 @@ def test_the_numbers_do_not_depend_on_how_a_batch_is_split(
         assert torch.tensor(other) == pytest.approx(torch.tensor(logs[0]), rel=2e-4, abs=1e-5)
 
 
+def test_activation_checkpointing_changes_no_number(sft_model, talks, functions, tmp_path):
+    """What is computed again must be computed with the adapter that is trained."""
+    plain, checkpointed = (
+        history(run(sft_model, talks, tmp_path / str(on), reward_function=f"{functions}:marks", max_steps=2,
+                    gradient_checkpointing=on), *NUMBERS, "value_grad_norm", "explained_variance")
+        for on in (False, True)
+    )  # fmt: skip
+    assert torch.tensor(checkpointed) == pytest.approx(torch.tensor(plain), rel=1e-4, abs=1e-6)
+
+
+def test_checkpoints_are_saved_when_they_are_due(sft_model, talks, functions, tmp_path):
+    output = run(sft_model, talks, tmp_path / "o", reward_function=f"{functions}:marks", max_steps=5,
+                 save_steps=2, num_ppo_epochs=1)  # fmt: skip
+    assert {path.name for path in output.glob("checkpoint-*")} == {f"checkpoint-{i}" for i in (2, 4, 5)}
+
+
 def test_with_normalized_scores_their_scale_is_indifferent(sft_model, talks, functions, tmp_path):
     names = ("kl", "policy_loss", "value_loss", "grad_norm", "reward", "score")
     plain, scaled, other = (
@@ -362,7 +380,8 @@ def test_with_normalized_scores_their_scale_is_indifferent(sft_model, talks, fun
 def test_scores_are_measured_in_the_references_standard_deviations():
     scale = ScoreScale.of(torch.tensor([1.0, 3.0]), RankMeans(1, "cpu"))
     assert scale(torch.tensor([1.0, 3.0, 5.0])).tolist() == [-1, 1, 3]
-    assert ScoreScale.of(torch.tensor([2.0, 2.0]), RankMeans(1, "cpu"))(torch.tensor([2.5])).tolist() == [0.5]
+    equal = ScoreScale.of(torch.full((32,), 0.1), RankMeans(1, "cpu"))
+    assert equal(torch.tensor([0.6])).item() == pytest.approx(0.5)
 
 
 def test_two_ranks_are_one(sft_model, talks, functions, tmp_path):
@@ -601,6 +620,14 @@ def test_reward_models_that_do_not_belong_to_the_policy(
 def test_flags_that_mean_nothing(more, reason, sft_model, talks, tmp_path):
     with pytest.raises(ConfigError, match=reason):
         run(sft_model, talks, tmp_path / "o", **more)
+
+
+def test_an_update_has_a_prompt_for_every_process():
+    args = SimpleNamespace(optim="adamw_torch", fp16=False, per_device_train_batch_size=1,
+                           gradient_accumulation_steps=1, world_size=2)  # fmt: skip
+    assert answers_per_update(args, SimpleNamespace(num_mini_batches=4, num_generations=4)) == 8
+    with pytest.raises(ConfigError, match="1 prompts for 2 processes; raise"):
+        answers_per_update(args, SimpleNamespace(num_mini_batches=2, num_generations=4))
 
 
 def test_prompts_that_are_all_too_long_leave_nothing(sft_model, talks, functions, tmp_path):
