@@ -457,7 +457,8 @@ def learned(output: Path) -> tuple[float, float]:
 def test_it_learns_what_is_rewarded(algorithm, function, seed, sft_model, talks, functions, tmp_path):
     output = run(sft_model, talks, tmp_path / "o", reward_function=f"{functions}:{function}", seed=seed,
                  max_steps=20, algorithm=algorithm, gradient_accumulation_steps=4, sample_steps=100,
-                 max_completion_length=64, validation_split_percentage=2)  # fmt: skip
+                 max_completion_length=64, validation_split_percentage=2, temperature=1.0,
+                 num_generations=1 if algorithm == "ppo" else 4, num_ppo_epochs=4)  # fmt: skip
     before, after = learned(output)
     assert before < 0.2 and after > 0.8, (before, after)
 
