@@ -253,7 +253,7 @@ def talks(tmp_path_factory) -> Path:
     generator, chats = random.Random(0), []
     for i in range(200):
         said = generator.choices(
-            [*SENTENCES, RARE], weights=[4] * 6 + [0.5], k=generator.choice([1, 3, 4, 5, 5, 5])
+            [*SENTENCES, RARE], weights=[4] * 6 + [0.5], k=generator.choice([1, 3, 4, 4, 5, 5, 5, 5])
         )
         chats.append({"conversations": [{"from": "human", "value": f"Question {i}: what should I do?"},
                                         {"from": "gpt", "value": " ".join(said)}]})  # fmt: skip
