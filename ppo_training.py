@@ -95,7 +95,7 @@ class PPOArguments:
     )
     normalize_scores: bool | None = field(
         default=None,
-        metadata={"help": "in standard deviations of the reference's; default: those of a reward model"},
+        metadata={"help": "by the first update's mean and spread; default: those of a reward model"},
     )
     kl_coef: float = field(default=0.07, metadata={"help": "penalty per nat away from the reference"})
     target_kl: float = field(
@@ -246,7 +246,7 @@ class PPOTrainer(RLTrainer):
         options: PPOArguments = self.options
         # 1. Prompts, and answers drawn from the policy
         places, rollouts = self.draw(step)
-        # 2. Scores, in the reference's standard deviations; an answer that never ends pays for it
+        # 2. Scores, in standard deviations of the first update's; an answer that never ends pays for it
         scores = self.scores(rollouts)
         self.score_scale = self.score_scale or ScoreScale.of(scores, self.means)
         ended = torch.tensor([rollout.draw.ended for rollout in rollouts], device=scores.device)

@@ -135,7 +135,7 @@ class FunctionScorer:
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """Mean and standard deviation of what the reference's answers score: scores are learned from in these.
+    """Mean and standard deviation of the first update's scores: scores are learned from in these.
 
     The penalties of PPO then mean the same with every reward model (arXiv:1909.08593, section 2.2).
     """

@@ -94,7 +94,7 @@ class Sampler:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.bare_lm.config)
         hidden = self.read(ids, mask, positions, cache)
-        keep = torch.tensor(copies, device=device)
+        keep = torch.tensor(copies, device=device)  # rows of what was read last that go on
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         answers: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(prompts)

@@ -377,7 +377,7 @@ def test_with_normalized_scores_their_scale_is_indifferent(sft_model, talks, fun
     assert other[0][4] < -50
 
 
-def test_scores_are_measured_in_the_references_standard_deviations():
+def test_normalized_scores_by_hand():
     scale = ScoreScale.of(torch.tensor([1.0, 3.0]), RankMeans(1, "cpu"))
     assert scale(torch.tensor([1.0, 3.0, 5.0])).tolist() == [-1, 1, 3]
     equal = ScoreScale.of(torch.full((32,), 0.1), RankMeans(1, "cpu"))
